@@ -1,0 +1,39 @@
+# Every target makes the environment it needs; nothing has to be installed first but Python.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-slow check format clean
+
+# From the documentation inside your own Python to a reranker, in about 20 minutes on two cores.
+quickstart: $(VENV)/.quickstart
+	$(BIN)/lce-trainer run recipes/quickstart/recipe.yaml
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs dist
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[quickstart]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@

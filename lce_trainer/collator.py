@@ -1,0 +1,235 @@
+"""Rows of groups into one batch of tensors: draw, tokenize, pad."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lce_trainer.errors import TrainingError
+from lce_trainer.sampling import sample_group
+
+Batch = dict[str, Any]
+Encoded = dict[str, list[list[int]]]
+
+
+@dataclass
+class GroupCollator:
+    """Draw each row's positive and negatives for its epoch, and make one batch of pairs.
+
+    Attributes:
+        tokenizer: A fast tokenizer with a pad token.
+        group_size: Passages a query shows in one step, its positive included; a group with fewer
+            keeps them all and repeats none.
+        max_length: Tokens of a pair at most, special tokens included. Only the passage is cut.
+        max_query_length: Tokens of a query at most.
+        seed: Of the draw, see :func:`lce_trainer.sampling.sample_group`.
+        pad_to_multiple_of: Round padded lengths up, for hardware that likes 8.
+
+    Raises:
+        TrainingError: The tokenizer is not a fast one, has no pad token, or no room is left for
+            the passage.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    group_size: int = 8
+    max_length: int = 256
+    max_query_length: int = 64
+    seed: int = 42
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise TrainingError(f"{type(self.tokenizer).__name__} is not a fast tokenizer: load it with AutoTokenizer")
+        if self.tokenizer.pad_token_id is None:
+            raise TrainingError("the tokenizer has no pad token: set tokenizer.pad_token (its eos_token will do)")
+        special = self.tokenizer.num_special_tokens_to_add(pair=True)
+        if self.max_query_length + special >= self.max_length:
+            raise TrainingError(
+                f"max_query_length={self.max_query_length} and {special} special tokens leave no room for a passage "
+                f"in max_length={self.max_length}: lower the one or raise the other"
+            )
+
+    def __call__(self, rows: Sequence[Mapping[str, Any] | None]) -> Batch:
+        """Make a batch.
+
+        Args:
+            rows: Groups, each with its ``epoch`` (0 if it has none); None fills up a batch and is
+                left out.
+
+        Returns:
+            ``input_ids`` and the tokenizer's other inputs, shape ``(pairs, length)``, padded on the
+            right, groups one after the other with the positive first; ``mask``, ``labels`` and
+            ``teacher`` (NaN where unknown), shape ``(groups, width)``; ``target``, shape
+            ``(groups,)``; and on the host, for those who cut the batch: ``group_sizes``,
+            ``lengths`` (tokens of each pair), ``query_ids``, ``cut_pairs``. No rows at all give
+            one empty pair and no group, so that every rank has something to run.
+        """
+        groups = [self._draw(row) for row in rows if row is not None]
+        sizes = [len(group["passages"]) for group in groups]
+        queries, passages = [group["query"] for group in groups], [group["passages"] for group in groups]
+        encoded, cut = encode_groups(
+            self.tokenizer, queries or [""], passages or [[""]], self.max_length, self.max_query_length
+        )
+        mask = torch.arange(max(sizes, default=0)) < torch.tensor(sizes, dtype=torch.long)[:, None]
+        return {
+            **pad_pairs(self.tokenizer, encoded, self.pad_to_multiple_of),
+            "mask": mask,
+            "labels": _grid(mask, [label for group in groups for label in group["labels"]], 0.0),
+            "teacher": _grid(mask, [score for group in groups for score in group["scores"]], math.nan),
+            "target": torch.zeros(len(groups), dtype=torch.long),
+            "group_sizes": sizes,
+            "lengths": [len(ids) for ids in encoded["input_ids"]],
+            "query_ids": [group["query_id"] for group in groups],
+            "cut_pairs": cut if groups else 0,
+        }
+
+    def _draw(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        labels, epoch = row["labels"], row.get("epoch", 0)
+        target, negatives = sample_group(self.seed, epoch, row["query_id"], labels, self.group_size - 1)
+        drawn = [target, *negatives]
+        scores = row.get("scores") or [None] * len(labels)
+        return {
+            "query_id": row["query_id"],
+            "query": row["query"],
+            "passages": [row["passages"][i] for i in drawn],
+            "labels": [labels[i] for i in drawn],
+            "scores": [math.nan if scores[i] is None else scores[i] for i in drawn],
+        }
+
+
+def encode_groups(
+    tokenizer: PreTrainedTokenizerBase,
+    queries: Sequence[str],
+    passages: Sequence[Sequence[str]],
+    max_length: int,
+    max_query_length: int,
+) -> tuple[Encoded, int]:
+    """Token ids of each query with each of its passages; every query is tokenized once.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        queries: One a group.
+        passages: One list a group.
+        max_length: Tokens of a pair at most. The query and every separator stay; the passage is cut.
+        max_query_length: Tokens of a query at most.
+
+    Returns:
+        One list of ids a pair for each of the tokenizer's inputs, and how many pairs were cut.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    heads = backend.encode_batch(list(queries), add_special_tokens=False)
+    bodies = iter(backend.encode_batch([text for texts in passages for text in texts], add_special_tokens=False))
+    encodings, cut = [], 0
+    for head, texts in zip(heads, passages, strict=True):
+        head_is_cut = len(head) > max_query_length
+        if head_is_cut:
+            head.truncate(max_query_length)
+        for _ in texts:
+            body = next(bodies)
+            body_is_cut = len(head) + len(body) > room
+            if body_is_cut:
+                body.truncate(room - len(head))
+            cut += head_is_cut or body_is_cut
+            encodings.append(backend.post_process(head, body, add_special_tokens=True))
+    fields = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
+    return {
+        name: [getattr(encoding, field) for encoding in encodings]
+        for name, field in fields.items()
+        if name in tokenizer.model_input_names
+    }, cut
+
+
+def pad_pairs(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, multiple: int | None = None) -> dict[str, Tensor]:
+    """Pad ids on the right to the longest pair.
+
+    Returns:
+        The same inputs, each of shape ``(pairs, length)``, int64, and ``attention_mask``.
+    """
+    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+    width = -(-int(lengths.max()) // (multiple or 1)) * (multiple or 1)
+    real = np.arange(width) < lengths[:, None]
+    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    padded = {"attention_mask": torch.from_numpy(real.astype(np.int64))}
+    for name in encoded.keys() - {"attention_mask"}:
+        table = np.full(real.shape, fill.get(name, 0), dtype=np.int64)
+        table[real] = np.concatenate(encoded[name])
+        padded[name] = torch.from_numpy(table)
+    return padded
+
+
+def select_groups(batch: Batch, groups: Sequence[int]) -> Batch:
+    """Part of a batch: the named groups with their pairs, in the order named."""
+    starts = np.concatenate([[0], np.cumsum(batch["group_sizes"])])
+    pairs = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
+    part: Batch = {"cut_pairs": 0}
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            chosen = groups if name in ("mask", "labels", "teacher", "target") else pairs
+            part[name] = value[torch.as_tensor(np.asarray(chosen), device=value.device)]
+        elif isinstance(value, list):
+            chosen = pairs if name == "lengths" else groups
+            part[name] = [value[i] for i in chosen]
+    return part
+
+
+def micro_batches(group_sizes: Sequence[int], lengths: Sequence[int], pairs: int) -> list[list[int]]:
+    """Groups that go through the model together: whole ones, alike in length, ``pairs`` at most.
+
+    A group is never split, so a group of more than ``pairs`` passages is a micro-batch of its own.
+    """
+    starts = np.concatenate([[0], np.cumsum(group_sizes)])
+    longest = [max(lengths[start:end]) for start, end in pairwise(starts)]
+    parts: list[list[int]] = []
+    size = pairs
+    for group in np.argsort(longest, kind="stable")[::-1].tolist():
+        if size + group_sizes[group] > pairs:
+            parts.append([])
+            size = 0
+        parts[-1].append(group)
+        size += group_sizes[group]
+    return parts
+
+
+def length_buckets(lengths: Sequence[int], overhead: int) -> list[np.ndarray]:
+    """The cheapest cut of pairs, sorted by length, into forward passes.
+
+    A pass costs its padded tokens, and ``overhead`` tokens for being one pass more. The optimum
+    is found by dynamic programming over the distinct lengths.
+
+    Args:
+        lengths: Tokens of each pair.
+        overhead: Tokens that one more forward pass is worth.
+
+    Returns:
+        Indices of the pairs of each pass, shortest pass first.
+    """
+    distinct, counts = np.unique(lengths, return_counts=True)
+    upto = np.concatenate([[0], np.cumsum(counts)])
+    cost = np.zeros(len(distinct) + 1)
+    cut = np.zeros(len(distinct) + 1, dtype=int)
+    for end in range(1, len(distinct) + 1):
+        costs = cost[:end] + (upto[end] - upto[:end]) * distinct[end - 1] + overhead
+        cut[end] = int(costs.argmin())
+        cost[end] = costs[cut[end]]
+    order = np.argsort(lengths, kind="stable")
+    buckets = []
+    end = len(distinct)
+    while end:
+        buckets.append(order[upto[cut[end]] : upto[end]])
+        end = cut[end]
+    return buckets[::-1]
+
+
+def _grid(mask: Tensor, values: Sequence[float], fill: float) -> Tensor:
+    grid = torch.full(mask.shape, fill, dtype=torch.float32)
+    grid[mask] = torch.tensor(values, dtype=torch.float32)
+    return grid

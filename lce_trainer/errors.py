@@ -1,0 +1,62 @@
+"""Every exception lce_trainer raises on purpose.
+
+::
+
+    LCETrainerError
+    ├── ConfigError          a recipe or an override that cannot be used
+    ├── ArtifactError        a stage's folder that is missing, unfinished or damaged
+    ├── CorpusError          documents that cannot be read
+    ├── GroupsError          rows that are not training groups
+    ├── PromptError          a prompt template that does not render
+    ├── LLMError             a language model that cannot be loaded or does not answer
+    ├── LabelError           a judgment that cannot be read
+    ├── TrainingError        a training run that cannot start or go on
+    ├── EvaluationError      judgments or runs that cannot be compared
+    └── PublishError         a model or dataset that cannot be uploaded
+
+A message says what was expected, what came and what to do. It never holds a token.
+"""
+
+
+class LCETrainerError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(LCETrainerError):
+    """A recipe or an override that cannot be used."""
+
+
+class ArtifactError(LCETrainerError):
+    """A stage's folder that is missing, unfinished or damaged."""
+
+
+class CorpusError(LCETrainerError):
+    """Documents that cannot be read."""
+
+
+class GroupsError(LCETrainerError):
+    """Rows that are not training groups."""
+
+
+class PromptError(LCETrainerError):
+    """A prompt template that does not render."""
+
+
+class LLMError(LCETrainerError):
+    """A language model that cannot be loaded or does not answer."""
+
+
+class LabelError(LCETrainerError):
+    """A judgment that cannot be read."""
+
+
+class TrainingError(LCETrainerError):
+    """A training run that cannot start or go on."""
+
+
+class EvaluationError(LCETrainerError):
+    """Judgments or runs that cannot be compared."""
+
+
+class PublishError(LCETrainerError):
+    """A model or dataset that cannot be uploaded."""

@@ -1,0 +1,105 @@
+"""A recipe being run: where its artifacts are, and which of them have to be made."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from lce_trainer.artifacts import Manifest, load_table, read_manifest, save_artifact, why_stale
+from lce_trainer.config import Recipe, load_recipe
+from lce_trainer.llm import LLM, load_llm
+from lce_trainer.prompts import Prompt, load_prompt
+from lce_trainer.retrieval import BM25Index
+from lce_trainer.training_args import LCETrainingArguments
+
+logger = logging.getLogger(__name__)
+
+Tables = Mapping[str, datasets.Dataset]
+Made = tuple[Tables, Mapping[str, int], Mapping[str, Any]]  # tables, counts, facts
+
+
+@dataclass
+class Run:
+    """A recipe and where it writes.
+
+    Attributes:
+        recipe: The settings.
+        base: Folder of the recipe's file; paths in it may be relative to that.
+    """
+
+    recipe: Recipe
+    base: Path
+
+    @cached_property
+    def root(self) -> Path:
+        """Folder that every stage writes under."""
+        return Path(self.recipe.run_dir)
+
+    @cached_property
+    def llm(self) -> LLM:
+        """The language model, loaded at its first question and shared by the stages of one process."""
+        return load_llm(self.recipe.llm)
+
+    @cached_property
+    def index(self) -> BM25Index:
+        """BM25 over the passages."""
+        return BM25Index.load(self.root / "passages" / "bm25")
+
+    def table(self, name: str, split: str = "train") -> datasets.Dataset:
+        """The rows of a finished artifact."""
+        return load_table(self.root / name, name, split)
+
+    def manifest(self, name: str) -> Manifest:
+        """What made a finished artifact."""
+        return read_manifest(self.root / name, name)
+
+    def prompt(self, name: str) -> Prompt:
+        """A prompt of the package by name, or a file of the recipe's."""
+        return load_prompt(name, self.base)
+
+    def find(self, path: str) -> Path:
+        """A path as written, or relative to the recipe's folder."""
+        return Path(path) if Path(path).exists() else self.base / path
+
+    def make(self, name: str, config: Mapping[str, Any], inputs: Sequence[str], work: Callable[[], Made]) -> None:
+        """Make an artifact, unless it is there, made from the same things.
+
+        Args:
+            name: Of the artifact: its folder and its kind.
+            config: The settings that shape it.
+            inputs: Names of the artifacts it is made from.
+            work: Makes it.
+        """
+        shape = {**config, "seed": self.recipe.seed}
+        digests = {kind: self.manifest(kind).digest for kind in inputs}
+        if not is_stale(self.root / name, name, shape, digests):
+            return
+        tables, counts, facts = work()
+        save_artifact(
+            self.root / name, tables, kind=name, config=shape, inputs=digests, counts=counts, facts=facts
+        )
+        logger.info("%s: %s", name, ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
+
+
+def is_stale(folder: Path, name: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+    """Whether a stage has work to do; says why in the log."""
+    stale = why_stale(folder, name, config, inputs)
+    if stale is None:
+        logger.info("%s: already made, in %s", name, folder)
+    elif (folder / "manifest.json").exists():
+        logger.info("%s: made again: %s", name, stale)
+    return stale is not None
+
+
+def open_run(path: Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a recipe for running.
+
+    Raises:
+        ConfigError: As :func:`lce_trainer.config.load_recipe`.
+    """
+    training_keys = [item.name for item in fields(LCETrainingArguments) if item.init]
+    return Run(load_recipe(path, overrides, training_keys), path.parent)

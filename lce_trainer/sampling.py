@@ -1,0 +1,129 @@
+"""Which passages of a group are seen in which epoch: pure functions of the seed.
+
+Nothing here has a state that workers, ranks or a resumed run could lose. The epoch travels
+with the row's index from the sampler, in the main process, to wherever the row is collated.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from lce_trainer.errors import GroupsError
+
+Item = tuple[int, int] | None  # (epoch, row), or None: a place that pads the last batch of an epoch
+
+
+def sample_group(
+    seed: int, epoch: int, query_id: str, labels: Sequence[float], n_negatives: int
+) -> tuple[int, list[int]]:
+    """The positive of a query and the negatives it competes with in one epoch.
+
+    Positives take turns by epoch. The competitors of a positive are the passages with a strictly
+    lower label; they are walked through in an order drawn for the query, and none comes again
+    before each has come once. Then a new order is drawn.
+
+    Args:
+        seed: Of the run.
+        epoch: From 0.
+        query_id: Names the query; two queries with the same id draw alike.
+        labels: Grade of each passage, above 0 for positives.
+        n_negatives: Wanted; a group with fewer competitors gives all of them, none twice.
+
+    Returns:
+        Index of the positive, and indices of the negatives, among the labels.
+
+    Raises:
+        GroupsError: No label is above 0 and above another label.
+    """
+    grades = np.asarray(labels, dtype=np.float64)
+    positives = np.flatnonzero((grades > 0) & (grades > grades.min(initial=np.inf)))
+    if not len(positives):
+        raise GroupsError(f"query {query_id!r} needs a positive label and a lower one, not {list(labels)}")
+    turns = positives[_permutation(len(positives), seed, query_id, "positives")]
+    turn = epoch % len(turns)
+    target = turns[turn]
+    grade = grades[target]
+    pool = np.flatnonzero(grades < grade)
+    if n_negatives >= len(pool):
+        return int(target), pool.tolist()
+    # Positives of one grade share a pool: count how often it has been drawn from before.
+    same = grades[turns] == grade
+    visit = int(epoch // len(turns) * same.sum() + same[:turn].sum())
+    visits_in_a_pass = -(-len(pool) // n_negatives)
+    order = pool[_permutation(len(pool), seed, query_id, grade, visit // visits_in_a_pass)]
+    start = visit % visits_in_a_pass * n_negatives
+    # The last visit of a pass is filled up from the pass's own start.
+    return int(target), order[np.arange(start, start + n_negatives) % len(pool)].tolist()
+
+
+def _permutation(n: int, *key: Any) -> np.ndarray:
+    # Raw Philox output is the same in every numpy; Generator.permutation is not promised to be.
+    digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=16).digest()
+    return np.argsort(np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(n), kind="stable")
+
+
+class GroupSampler(Sampler[Item]):
+    """Every row once an epoch, in an order drawn from the seed and the epoch.
+
+    The last batch of an epoch is filled up with ``None`` and not with rows drawn twice, so that a
+    step holds the same groups however it is cut into batches and ranks.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        *,
+        seed: int,
+        epoch: Callable[[], int],
+        multiple: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        """Describe the order.
+
+        Args:
+            rows: In the dataset.
+            seed: Of the order.
+            epoch: Asked when an epoch starts. Not an attribute that others set: ``accelerate`` does
+                not reach the sampler when several ranks resume in the middle of an epoch.
+            multiple: Places are filled up to a multiple of this: groups a batch times ranks.
+            shuffle: False keeps the order of the dataset.
+            drop_last: Leave the last rows out instead of filling up.
+        """
+        self.rows = rows
+        self.seed = seed
+        self.epoch = epoch
+        self.shuffle = shuffle
+        self.places = (rows if drop_last else rows + multiple - 1) // multiple * multiple
+
+    def __iter__(self) -> Iterator[Item]:
+        epoch = self.epoch()
+        order = _permutation(self.rows, self.seed, "epoch", epoch) if self.shuffle else np.arange(self.rows)
+        yield from ((epoch, int(row)) for row in order[: self.places])
+        yield from (None for _ in range(self.places - self.rows))
+
+    def __len__(self) -> int:
+        return self.places
+
+
+class EpochGroups(Dataset[dict[str, Any] | None]):
+    """Rows of groups that know the epoch they are drawn in."""
+
+    def __init__(self, groups: datasets.Dataset) -> None:
+        self.groups = groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitems__(self, items: Sequence[Item]) -> list[dict[str, Any] | None]:
+        """The rows of a batch, each with its ``epoch``; None where the batch is only filled up."""
+        taken = [item for item in items if item is not None]
+        rows = iter(self.groups.__getitems__([row for _, row in taken]) if taken else [])
+        return [None if item is None else {**next(rows), "epoch": item[0]} for item in items]
+
+    def __getitem__(self, item: Item) -> dict[str, Any] | None:
+        return self.__getitems__([item])[0]

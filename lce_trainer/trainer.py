@@ -1,0 +1,371 @@
+"""LCETrainer: ``transformers.Trainer`` that learns to rank from groups."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+
+from lce_trainer.collator import Batch, GroupCollator, length_buckets, micro_batches, select_groups
+from lce_trainer.errors import TrainingError
+from lce_trainer.guards import (
+    EvalDataset,
+    LearningWatch,
+    Tally,
+    by_name,
+    check_eval,
+    check_model,
+    curves,
+    usable_groups,
+)
+from lce_trainer.loss import distillation_loss, lce_loss
+from lce_trainer.metrics import ranking_metrics
+from lce_trainer.reranker import RAW_SCORES, load_model, load_tokenizer, scoring_batches
+from lce_trainer.sampling import EpochGroups, GroupSampler
+from lce_trainer.training_args import LCETrainingArguments
+
+
+class LCETrainer(Trainer):  # type: ignore[misc]
+    """Fine-tune a cross-encoder on groups with the LCE loss.
+
+    The loss of a step is the mean over all its groups, wherever they were run: however a step is
+    cut into accumulated batches, ranks, micro-batches and forward passes, the gradient is the same.
+
+    Example::
+
+        trainer = LCETrainer(
+            model="answerdotai/ModernBERT-base",
+            args=LCETrainingArguments("out", num_train_epochs=1),
+            train_dataset=load_groups("me/my-groups"),
+        )
+        trainer.train()
+        trainer.save_model()
+    """
+
+    # compute_loss divides by the groups of the whole step itself.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | None = None,
+        args: LCETrainingArguments | None = None,
+        data_collator: GroupCollator | None = None,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: EvalDataset = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check everything that can be checked before the first step.
+
+        Args:
+            model: A model with one label, or the name of one (Hub id, folder, ``package:``); a base
+                encoder gets a new head, drawn from ``args.seed``.
+            args: The settings.
+            data_collator: Built from ``args`` if None.
+            train_dataset: Groups; those that teach nothing are dropped and counted.
+            eval_dataset: Groups, or several sets by name. Every passage of a group is ranked.
+            processing_class: The tokenizer; the model's own if the model is given by name.
+            **kwargs: As ``transformers.Trainer`` takes them.
+
+        Raises:
+            TrainingError: Model, tokenizer and settings do not fit together, or no group is usable.
+            GroupsError: A dataset does not hold groups.
+        """
+        args = args or LCETrainingArguments("trainer_output")
+        if isinstance(model, (str, Path)):
+            processing_class = processing_class or load_tokenizer(model)
+            set_seed(args.seed)
+            model = load_model(model)
+        if processing_class is None and data_collator is not None:
+            processing_class = data_collator.tokenizer
+        if processing_class is None:
+            raise TrainingError("pass the tokenizer as processing_class, or the model by its name")
+        self.counts: dict[str, int] = {}
+        if train_dataset is not None:
+            train_dataset, self.counts = usable_groups(train_dataset, args)
+        for name, groups in by_name(eval_dataset).items():
+            check_eval(groups, name, train_dataset)
+        data_collator = data_collator or GroupCollator(
+            processing_class,
+            args.group_size,
+            args.max_length,
+            args.max_query_length,
+            args.seed if args.data_seed is None else args.data_seed,
+            args.pad_to_multiple_of,
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        check_model(self.accelerator.unwrap_model(self.model), processing_class, args)
+        self.tally = Tally()
+        self.watch = LearningWatch()
+        self.add_callback(self.watch)
+        default = 64 if args.device.type == "cpu" else 16384
+        self._bucket_overhead: int = default if args.bucket_overhead is None else args.bucket_overhead
+
+    # ---- data
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """Batches of groups, each row carrying its epoch; see :mod:`lce_trainer.sampling`."""
+        if self.train_dataset is None:
+            raise TrainingError("training needs a train_dataset of groups")
+        loader: DataLoader[Batch] = self._get_dataloader(
+            dataset=EpochGroups(self.train_dataset),
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+        return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
+        return GroupSampler(
+            len(self.train_dataset),
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            # The state's epoch is right when an epoch starts, in fresh, resumed and many-rank runs alike.
+            epoch=lambda: int(self.state.epoch or 0),
+            multiple=self._train_batch_size * self.args.world_size,
+            shuffle=self.args.train_sampling_strategy == "random",
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Carries the groups to :meth:`evaluation_loop`, which makes its own batches of pairs."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        groups = self.eval_dataset if eval_dataset is None else eval_dataset
+        if groups is None:
+            raise TrainingError("evaluation needs an eval_dataset of groups")
+        return DataLoader(groups, batch_size=self.args.eval_batch_size, collate_fn=list)
+
+    def get_test_dataloader(self, test_dataset: datasets.Dataset) -> DataLoader[Any]:
+        """As :meth:`get_eval_dataloader`."""
+        return self.get_eval_dataloader(test_dataset)
+
+    # ---- loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        """Groups in the whole optimizer step, over accumulated batches and ranks."""
+        groups = sum(len(batch["group_sizes"]) for batch in batch_samples)
+        total: Tensor = self.accelerator.reduce(torch.tensor(float(groups), device=device), reduction="sum")
+        return total
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward, in micro-batches of whole groups if ``micro_batch_size`` asks for them."""
+        self.tally.start()
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        *first, last = [inputs]
+        if self.args.micro_batch_size is not None and inputs["group_sizes"]:
+            cut = micro_batches(inputs["group_sizes"], inputs["lengths"], self.args.micro_batch_size)
+            *first, last = [select_groups(inputs, groups) for groups in cut]
+        loss = torch.zeros((), device=self.args.device)
+        for part in first:
+            # Only the last backward may reduce over ranks: they need not have equally many parts.
+            with self.accelerator.no_sync(model):
+                loss += super().training_step(model, part, num_items_in_batch)
+        loss += super().training_step(model, last, num_items_in_batch)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """This batch's share of the step's loss: its groups' losses, over the groups of the step.
+
+        Args:
+            model: As wrapped for training.
+            inputs: What :class:`GroupCollator` made.
+            return_outputs: Also return the scores, shape ``(groups, width)``.
+            num_items_in_batch: Groups of the step; those of this batch on all ranks if None.
+
+        Raises:
+            TrainingError: A loss is NaN or Inf; names the queries.
+        """
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        scores = self._scores(model, inputs)
+        mask, target = inputs["mask"], inputs["target"]
+        if not len(target):  # a batch that only keeps this rank in step with the others
+            loss = scores.sum() * 0
+            return (loss, scores) if return_outputs else loss
+        grid = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask, scores)
+        losses = self._group_losses(grid, inputs)
+        self._check_finite(losses.detach(), inputs["query_ids"])
+        with torch.no_grad():
+            guessing = self._group_losses(torch.zeros_like(grid), inputs)
+            self.tally.add_groups(grid.detach(), mask, target, losses.detach(), guessing)
+        # Ranks average their gradients, so a sum over ranks is wanted back.
+        loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
+        return (loss, grid) if return_outputs else loss
+
+    def _group_losses(self, grid: Tensor, inputs: Batch) -> Tensor:
+        """Loss of each group, shape ``(groups,)``."""
+        mask, temperature = inputs["mask"], self.args.temperature
+        lce = lce_loss(grid, inputs["target"], mask, temperature, reduction="none")
+        if not self.args.distillation_weight:
+            return lce
+        known = mask & ~inputs["teacher"].isnan()
+        distilled = distillation_loss(
+            grid / temperature, inputs["teacher"], known, self.args.distillation_temperature, reduction="none"
+        )
+        weight = self.args.distillation_weight * known.any(dim=1)
+        mixed: Tensor = (1 - weight) * lce + weight * distilled
+        return mixed
+
+    def _scores(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """Logit of each pair, shape ``(pairs,)``: pairs alike in length run together, in one graph."""
+        lengths = inputs["lengths"]
+        tensors = {name: inputs[name] for name in self.processing_class.model_input_names if name in inputs}
+        width, device = tensors["input_ids"].shape[1], tensors["input_ids"].device
+        multiple = self.args.pad_to_multiple_of or 1
+        buckets = length_buckets(lengths, self._bucket_overhead)
+        logits, padded = [], 0
+        for rows in buckets:
+            long = min(-(-max(lengths[i] for i in rows) // multiple) * multiple, width)
+            chosen = torch.as_tensor(rows, device=device)
+            logits.append(model(**{name: tensor[chosen, :long] for name, tensor in tensors.items()}).logits[:, 0])
+            padded += len(rows) * long
+        if inputs["group_sizes"]:
+            self.tally.add_counts(
+                pairs=len(lengths), tokens=sum(lengths), padded_tokens=padded, cut_pairs=inputs["cut_pairs"]
+            )
+        back = torch.as_tensor(np.argsort(np.concatenate(buckets)), device=device)
+        return torch.cat(logits)[back]
+
+    def _check_finite(self, losses: Tensor, query_ids: list[str]) -> None:
+        bad = (~losses.isfinite()).tolist()
+        if any(bad):
+            named = [query_id for query_id, is_bad in zip(query_ids, bad, strict=True) if is_bad]
+            shown = ", ".join(map(repr, named[:8])) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the loss of queries {shown} is NaN or infinite, so the run "
+                f"stopped before the weights took it in; lower learning_rate (now {self._get_learning_rate():.1e}), "
+                "use bf16 in place of fp16, or look at these groups"
+            )
+
+    # ---- logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the curves of the groups since the last log."""
+        if "loss" in logs:
+            sums = self.tally.take(self.accelerator)
+            self.watch.see(self.state.global_step, sums)
+            logs.update(curves(sums))
+        super().log(logs, start_time)
+
+    # ---- evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """nDCG@10, MRR@10, MAP@10 and the loss, as ``eval_ndcg@10`` and so on.
+
+        Several sets give ``eval_NAME_ndcg@10``, and ``eval_ndcg@10`` is then their plain mean.
+        """
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        names = list(by_name(self.eval_dataset if eval_dataset is None else eval_dataset))
+        for measure in ("ndcg@10", "mrr@10", "map@10", "loss"):
+            keys = [f"{metric_key_prefix}_{name}_{measure}" for name in names]
+            if f"{metric_key_prefix}_{measure}" not in metrics and all(key in metrics for key in keys):
+                metrics[f"{metric_key_prefix}_{measure}"] = float(np.mean([metrics[key] for key in keys]))
+        return metrics
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Score every passage of every group once, on some rank, and measure the rankings."""
+        started = time.perf_counter()
+        groups = dataloader.dataset
+        labels = [np.asarray(row, dtype=np.float64) for row in groups["labels"]]
+        pairs = [
+            (query, text) for query, texts in zip(groups["query"], groups["passages"], strict=True) for text in texts
+        ]
+        flat = self._score_pairs(self._eval_model(), pairs, description)
+        scores = np.split(flat, np.cumsum([len(row) for row in labels])[:-1])
+        metrics = _measure(scores, labels, self.args.temperature)
+        if self.compute_metrics is not None:
+            metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
+        self.tally.pause(time.perf_counter() - started)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=scores, label_ids=labels, metrics=named, num_samples=len(labels))
+
+    def _eval_model(self) -> nn.Module:
+        model: nn.Module = self._wrap_model(self.model, training=False)
+        if not self.accelerator._models and model is self.model:  # evaluated before it was trained
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        if not self.is_in_train and (self.args.fp16_full_eval or self.args.bf16_full_eval):
+            dtype = torch.float16 if self.args.fp16_full_eval else torch.bfloat16
+            model = model.to(dtype=dtype, device=self.args.device)
+        model.eval()
+        return model
+
+    def _score_pairs(self, model: nn.Module, pairs: list[tuple[str, str]], description: str) -> np.ndarray:
+        """Raw logits, shape ``(pairs,)``, the same on every rank."""
+        mine = np.arange(self.args.process_index, len(pairs), self.args.world_size)
+        scores = torch.zeros(len(pairs), device=self.args.device)
+        batches: Iterator[tuple[np.ndarray, dict[str, Tensor]]] = scoring_batches(
+            self.processing_class, [pairs[i] for i in mine], self.args.max_length, self.args.eval_batch_tokens
+        )
+        hidden = self.args.disable_tqdm or not self.is_local_process_zero()
+        with torch.inference_mode(), tqdm(total=len(mine), desc=description, disable=hidden, leave=False) as bar:
+            for rows, batch in batches:
+                chosen = torch.as_tensor(mine[rows], device=self.args.device)
+                scores[chosen] = model(**self._prepare_inputs(batch)).logits[:, 0].float()
+                bar.update(len(rows))
+        # Every other rank holds zero for a pair, so the sum is exact.
+        total: Tensor = self.accelerator.reduce(scores, reduction="sum")
+        return total.cpu().numpy()
+
+    # ---- saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """A plain checkpoint that every loader scores alike; settings as JSON, never as a pickle."""
+        folder = Path(output_dir or self.args.output_dir)
+        self.accelerator.unwrap_model(self.model).config.sentence_transformers = dict(RAW_SCORES)
+        self.processing_class.model_max_length = self.args.max_length
+        super()._save(str(folder), state_dict)
+        if self.args.should_save:
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            settings = json.dumps(self.args.to_public_dict(), indent=2, sort_keys=True, default=str)
+            (folder / "training_args.json").write_text(settings + "\n", encoding="utf-8")
+
+
+def _measure(scores: list[np.ndarray], labels: list[np.ndarray], temperature: float) -> dict[str, float]:
+    """Means over groups of the ranking measures and of the LCE of each group's first best positive."""
+    run = {str(q): {str(i): float(s) for i, s in enumerate(row)} for q, row in enumerate(scores)}
+    # trec_eval wants whole grades: 0.5 is a positive too.
+    qrels = {str(q): {str(i): int(np.ceil(label)) for i, label in enumerate(row)} for q, row in enumerate(labels)}
+    metrics = {name: float(np.mean(list(values.values()))) for name, values in ranking_metrics(run, qrels).items()}
+    losses = []
+    for row, grades in zip(scores, labels, strict=True):
+        best = int(grades.argmax())
+        competing = grades < grades[best]
+        competing[best] = True
+        if grades[best] > 0 and competing.sum() > 1:
+            grid, mask = torch.from_numpy(row)[None], torch.from_numpy(competing)[None]
+            losses.append(float(lce_loss(grid, torch.tensor([best]), mask, temperature)))
+    return {**metrics, "loss": float(np.mean(losses))} if losses else metrics

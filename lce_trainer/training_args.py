@@ -1,0 +1,142 @@
+"""The settings of a training run: transformers' own, and the trainer's."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from lce_trainer.errors import ConfigError
+
+
+@dataclass
+class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
+    """``transformers.TrainingArguments``, with what a reranker's training needs besides.
+
+    Batch sizes count groups, so a step shows ``per_device_train_batch_size * group_size`` pairs
+    on each device. The Hub token is never part of what is saved or pickled.
+
+    Raises:
+        ConfigError: A value cannot be used; transformers' own complaints come as this too.
+    """
+
+    group_size: int = field(
+        default=8, metadata={"help": "Passages a query shows in one step: one positive, the rest negatives."}
+    )
+    max_length: int = field(
+        default=256, metadata={"help": "Tokens of a query and passage together at most; the passage is cut."}
+    )
+    max_query_length: int = field(
+        default=64, metadata={"help": "Tokens of a query at most while training; shorter ones are kept whole."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Divides the scores in the loss."})
+    distillation_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Part, from 0 to 1, of the loss of a group with `scores` that is the KL divergence from "
+            "their softmax; the rest of it is LCE. Groups without scores learn from their labels alone."
+        },
+    )
+    distillation_temperature: float = field(
+        default=1.0, metadata={"help": "Divides the groups' `scores` before their softmax."}
+    )
+    micro_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs that go through the model and back at once, in whole groups; saves memory, and the "
+            "gradient stays that of the whole batch. null: the whole batch."
+        },
+    )
+    bucket_overhead: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of padding worth one more forward pass: pairs alike in length run together. Larger cuts "
+            "less, 0 never pads. null: 64 on CPU, 16384 on an accelerator."
+        },
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None,
+        metadata={"help": "Round padded lengths up to a multiple of this; 8 suits half precision on GPUs."},
+    )
+    eval_batch_tokens: int = field(
+        default=8192, metadata={"help": "Tokens, padding included, scored in one forward pass of an evaluation."}
+    )
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Linear warmup: a number of steps, or below 1 a part of all steps."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay; biases and norms have none."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps between two lines of the log, or below 1 a part of all steps."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must be false: the model sees tensors, never the dataset's columns."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Not used: a loss that is NaN or Inf stops the run in its step."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "True only for a model that leaves some of its parameters unused."}
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False,
+        metadata={"help": "Must be false: ranks may run a different number of forward passes in one step."},
+    )
+
+    def __post_init__(self) -> None:
+        self._chosen = {item.name for item in fields(self) if getattr(self, item.name, None) != item.default}
+        if not torch.accelerator.is_available():
+            # Otherwise transformers refuses bf16 on a machine that has no GPU but may well multiply it.
+            self.use_cpu = True
+        if getattr(self, "metric_for_best_model", None) is None and (
+            self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        ):
+            self.metric_for_best_model = "ndcg@10"
+        for item in fields(self):
+            value = getattr(self, item.name, None)
+            # YAML reads 2e-5 as a string.
+            if isinstance(value, str) and isinstance(item.default, float):
+                try:
+                    setattr(self, item.name, float(value))
+                except ValueError:
+                    raise ConfigError(f"{item.name} must be a number, not {value!r}") from None
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ConfigError(" ".join(str(error).split())) from None
+        self._check()
+
+    def _check(self) -> None:
+        least = {"group_size": 2, "max_length": 8, "max_query_length": 1, "micro_batch_size": 1, "eval_batch_tokens": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < bound):
+                raise ConfigError(f"{name} must be a whole number from {bound} up, not {value!r}")
+        for name in ("temperature", "distillation_temperature"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        if not 0 <= self.distillation_weight <= 1:
+            raise ConfigError(f"distillation_weight must be from 0 to 1, not {self.distillation_weight}")
+        if self.remove_unused_columns:
+            raise ConfigError("remove_unused_columns must be false: the groups' columns are not the model's inputs")
+        if self.ddp_broadcast_buffers:
+            raise ConfigError("ddp_broadcast_buffers must be false: ranks may run a different number of forward passes")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ConfigError(
+                f"train_sampling_strategy must be random or sequential, not {self.train_sampling_strategy!r}: "
+                "pairs are put together by length inside each step, see bucket_overhead"
+            )
+
+    def to_public_dict(self) -> dict[str, Any]:
+        """The settings that were chosen, without tokens and without where things lie on this machine."""
+        hidden = {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint"}
+        return {
+            name: value
+            for name, value in sorted(self.to_dict().items())
+            if name in self._chosen - hidden and not name.endswith("_token")
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # transformers pickles its arguments beside every checkpoint, and pushes them.
+        return {name: None if name.endswith("_token") else value for name, value in self.__dict__.items()}

@@ -1,0 +1,397 @@
+"""A local server that speaks as much of the Hugging Face Hub's HTTP protocol as its Python client needs.
+
+Repos, commits with large files (Git LFS, one part), file trees, downloads with ETags, private repos, tokens. It
+checks what the real one checks: the token and its namespace, sizes and SHA-256 of large files, the parent commit,
+the metadata of a card. It offers no Xet, so clients run with ``HF_HUB_DISABLE_XET=1``.
+
+    with HubServer(tokens={"hf_…": "user"}) as hub:
+        HfApi(endpoint=hub.url, token="hf_…").create_repo("user/name")
+"""
+
+import base64
+import hashlib
+import json
+import re
+import secrets
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+LFS_SUFFIXES = (".safetensors", ".parquet", ".bin", ".pt", ".gguf")
+
+
+@dataclass
+class Blob:
+    """A file's content; ``lfs`` files are named by SHA-256, others as git does."""
+
+    content: bytes
+    lfs: bool
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def oid(self) -> str:
+        content = self.content
+        if self.lfs:
+            content = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\n".encode()
+            content += f"size {len(self.content)}\n".encode()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@dataclass
+class Repo:
+    """Commits of one repo, oldest first: hash, message, files."""
+
+    private: bool
+    commits: list[tuple[str, str, dict[str, Blob]]] = field(default_factory=list)
+
+    def commit(self, message: str, files: dict[str, Blob]) -> str:
+        tree = "".join(f"{name} {blob.oid}\n" for name, blob in sorted(files.items()))
+        oid = hashlib.sha1(f"{len(self.commits)}{message}{tree}".encode()).hexdigest()
+        self.commits.append((oid, message, files))
+        return oid
+
+    def at(self, revision: str) -> tuple[str, dict[str, Blob]]:
+        for oid, _, files in reversed(self.commits):
+            if revision in ("main", oid):
+                return oid, files
+        raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+
+class Refusal(Exception):
+    """An HTTP error in the Hub's form."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, **body: Any) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.body = status, message, code, body
+
+
+class HubServer(ThreadingHTTPServer):
+    """The server; a context manager that runs it on a free port of this machine.
+
+    Attributes:
+        tokens: User of each token.
+        repos: Repos by type and id.
+        requests: Method, path and whether the request was authorised, in order.
+        failures: Status to answer with, by a regular expression that ``METHOD path`` must contain.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, tokens: dict[str, str]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.tokens = tokens
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.large: dict[str, bytes] = {}
+        self.expected: dict[str, tuple[str, int]] = {}
+        self.requests: list[tuple[str, str, bool]] = []
+        self.failures: dict[str, int] = {}
+        self.lock = threading.RLock()
+
+    def __enter__(self) -> "HubServer":
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def files(self, repo_type: str, repo_id: str) -> dict[str, bytes]:
+        """Content of each file of a repo's last commit."""
+        return {name: blob.content for name, blob in self.repos[repo_type, repo_id].commits[-1][2].items()}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Routes a request to the method that answers it, with the named parts of its path."""
+
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+    api = r"/api/(?P<kind>models|datasets)/(?P<repo_id>[^/]+/[^/]+)"
+    ROUTES = [
+        ("GET", r"/api/whoami-v2", "whoami"),
+        ("POST", r"/api/validate-yaml", "validate_yaml"),
+        ("POST", r"/api/repos/create", "create_repo"),
+        ("GET", api, "repo_info"),
+        ("GET", api + r"/revision/(?P<revision>[^/]+)", "repo_info"),
+        ("GET", api + r"/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", "tree"),
+        ("POST", api + r"/paths-info/(?P<revision>[^/]+)", "paths_info"),
+        ("POST", api + r"/preupload/(?P<revision>[^/]+)", "preupload"),
+        ("POST", api + r"/commit/(?P<revision>[^/]+)", "commit"),
+        ("POST", r"/(?P<kind>datasets/)?(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+        ("PUT", r"/lfs/(?P<key>\w+)", "lfs_put"),
+        ("POST", r"/lfs-verify", "lfs_verify"),
+        ("GET", r"/(?P<kind>datasets/)?(?P<repo_id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    ]
+
+    def do_GET(self) -> None:
+        self._answer("GET")
+
+    def do_HEAD(self) -> None:
+        self._answer("GET")
+
+    def do_POST(self) -> None:
+        self._answer("POST")
+
+    def do_PUT(self) -> None:
+        self._answer("PUT")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def _answer(self, method: str) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = urlsplit(self.path)
+        path, self.query = unquote(parts.path), parse_qs(parts.query)
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        self.user = self.server.tokens.get(token)
+        with self.server.lock:
+            self.server.requests.append((self.command, path, self.user is not None))
+            try:
+                for pattern, status in self.server.failures.items():
+                    if re.search(pattern, f"{self.command} {path}"):
+                        raise Refusal(status, "as the test wants it")
+                if token and self.user is None:
+                    raise Refusal(401, "Invalid credentials in Authorization header")
+                for verb, pattern, name in self.ROUTES:
+                    match = re.fullmatch(pattern, path) if verb == method else None
+                    if match:
+                        return getattr(self, name)(**match.groupdict())
+                raise Refusal(404, f"no such route: {method} {path}")
+            except Refusal as refusal:
+                self._json({"error": refusal.message, **refusal.body}, refusal.status, refusal)
+
+    def _json(self, value: Any, status: int = 200, refusal: Refusal | None = None) -> None:
+        headers = {"Content-Type": "application/json"}
+        if refusal is not None:
+            headers["X-Error-Message"] = refusal.message
+            if refusal.code is not None:
+                headers["X-Error-Code"] = refusal.code
+        self._send(json.dumps(value).encode(), headers, status)
+
+    def _send(self, content: bytes, headers: dict[str, str], status: int = 200) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _repo(self, kind: str | None, repo_id: str, write: bool = False) -> Repo:
+        """A repo the user may see; the Hub hides private ones as if they did not exist."""
+        repo_type = "dataset" if kind and kind.startswith("datasets") else "model"
+        repo = self.server.repos.get((repo_type, repo_id))
+        if repo is None or (repo.private and self.user != repo_id.partition("/")[0]):
+            raise Refusal(404 if self.user else 401, "Repository not found", "RepoNotFound")
+        if write and self.user != repo_id.partition("/")[0]:
+            raise Refusal(403, f"you may not write to {repo_id}")
+        return repo
+
+    def whoami(self) -> None:
+        if self.user is None:
+            raise Refusal(401, "Invalid username or password.")
+        self._json({"type": "user", "name": self.user, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+
+    def validate_yaml(self) -> None:
+        request = json.loads(self.body)
+        parts = re.match(r"---\n(.*?)\n---\n", request["content"], flags=re.DOTALL)
+        try:
+            metadata = yaml.safe_load(parts[1]) if parts else {}
+        except yaml.YAMLError as error:
+            return self._json({"errors": [{"message": str(error)}], "warnings": []}, 400)
+        errors = [{"message": message} for message in metadata_errors(metadata, request["repoType"])]
+        self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
+
+    def create_repo(self) -> None:
+        if self.user is None:
+            raise Refusal(401, "Invalid username or password.")
+        request = json.loads(self.body)
+        owner = request.get("organization") or self.user
+        if owner != self.user:
+            raise Refusal(403, f"You don't have the rights to create a {request['type']} under {owner!r}")
+        repo_id = f"{owner}/{request['name']}"
+        url = f"{self.server.url}/{'datasets/' if request['type'] == 'dataset' else ''}{repo_id}"
+        if (request["type"], repo_id) in self.server.repos:
+            raise Refusal(409, "You already created this repo", url=url)
+        repo = self.server.repos[request["type"], repo_id] = Repo(
+            private=request.get("visibility") == "private" or bool(request.get("private"))
+        )
+        repo.commit("initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", lfs=False)})
+        self._json({"url": url, "name": repo_id, "id": secrets.token_hex(12)})
+
+    def repo_info(self, kind: str, repo_id: str, revision: str = "main") -> None:
+        repo = self._repo(kind, repo_id)
+        oid, files = repo.at(revision)
+        self._json(
+            {
+                "_id": "0",
+                "id": repo_id,
+                "modelId": repo_id,
+                "author": repo_id.partition("/")[0],
+                "sha": oid,
+                "private": repo.private,
+                "gated": False,
+                "disabled": False,
+                "downloads": 0,
+                "likes": 0,
+                "tags": [],
+                "lastModified": "2025-01-01T00:00:00.000Z",
+                "createdAt": "2025-01-01T00:00:00.000Z",
+                "siblings": [{"rfilename": name} for name in sorted(files)],
+            }
+        )
+
+    def _entry(self, name: str, blob: Blob) -> dict[str, Any]:
+        entry = {"type": "file", "path": name, "size": len(blob.content), "oid": blob.oid}
+        if blob.lfs:
+            entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 134}
+        return entry
+
+    def tree(self, kind: str, repo_id: str, revision: str, folder: str | None) -> None:
+        _, files = self._repo(kind, repo_id).at(revision)
+        if folder is not None:
+            raise Refusal(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
+        self._json([self._entry(name, blob) for name, blob in sorted(files.items())])
+
+    def paths_info(self, kind: str, repo_id: str, revision: str) -> None:
+        _, files = self._repo(kind, repo_id).at(revision)
+        if "json" in (self.headers.get("Content-Type") or ""):
+            wanted = json.loads(self.body)["paths"]
+        else:
+            wanted = parse_qs(self.body.decode()).get("paths", [])
+        self._json([self._entry(name, files[name]) for name in wanted if name in files])
+
+    def preupload(self, kind: str, repo_id: str, revision: str) -> None:
+        _, files = self._repo(kind, repo_id, write=True).at(revision)
+        answer = []
+        for item in json.loads(self.body)["files"]:
+            lfs = item["path"].endswith(LFS_SUFFIXES) or item["size"] > 10 << 20
+            entry = {"path": item["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+            if item["path"] in files:
+                blob = files[item["path"]]
+                entry["oid"] = blob.sha256 if blob.lfs else blob.oid
+            answer.append(entry)
+        self._json({"files": answer})
+
+    def lfs_batch(self, kind: str | None, repo_id: str) -> None:
+        self._repo(kind, repo_id, write=True)
+        objects = []
+        for item in json.loads(self.body)["objects"]:
+            entry = {"oid": item["oid"], "size": item["size"], "authenticated": True}
+            if item["oid"] not in self.server.large:
+                key = secrets.token_hex(8)  # as a presigned URL: whoever knows it may put this object, once
+                self.server.expected[key] = (item["oid"], item["size"])
+                entry["actions"] = {
+                    "upload": {"href": f"{self.server.url}/lfs/{key}"},
+                    "verify": {"href": f"{self.server.url}/lfs-verify"},
+                }
+            objects.append(entry)
+        self._json({"transfer": "basic", "objects": objects})
+
+    def lfs_put(self, key: str) -> None:
+        if key not in self.server.expected:
+            raise Refusal(403, "SignatureDoesNotMatch")
+        oid, size = self.server.expected.pop(key)
+        if (hashlib.sha256(self.body).hexdigest(), len(self.body)) != (oid, size):
+            raise Refusal(400, "the content does not match its SHA-256")
+        self.server.large[oid] = self.body
+        self._send(b"", {"ETag": f'"{oid}"'})
+
+    def lfs_verify(self) -> None:
+        request = json.loads(self.body)
+        if self.user is None:
+            raise Refusal(401, "Invalid username or password.")
+        if len(self.server.large.get(request["oid"], b"")) != request["size"]:
+            raise Refusal(404, "object not found")
+        self._json({})
+
+    def commit(self, kind: str, repo_id: str, revision: str) -> None:
+        repo = self._repo(kind, repo_id, write=True)
+        head, files = repo.at(revision)
+        header, *operations = (json.loads(line) for line in self.body.splitlines())
+        if header["key"] != "header" or not header["value"]["summary"]:
+            raise Refusal(400, "the first line must be the header")
+        if header["value"].get("parentCommit", head) != head:
+            raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+        files = dict(files)
+        for operation in operations:
+            value = operation["value"]
+            if operation["key"] == "file":
+                files[value["path"]] = Blob(base64.b64decode(value["content"]), lfs=False)
+            elif operation["key"] == "lfsFile":
+                if value["oid"] not in self.server.large:
+                    raise Refusal(400, f"{value['path']} was not uploaded")
+                files[value["path"]] = Blob(self.server.large[value["oid"]], lfs=True)
+            elif operation["key"] == "deletedFile" and value["path"] in files:
+                del files[value["path"]]
+            else:
+                raise Refusal(400, f"cannot {operation['key']} {value['path']}")
+        oid = repo.commit(header["value"]["summary"], files)
+        self._json({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}"})
+
+    def resolve(self, kind: str | None, repo_id: str, revision: str, path: str) -> None:
+        oid, files = self._repo(kind, repo_id).at(revision)
+        if path not in files:
+            self._send(b"", {"X-Repo-Commit": oid, "X-Error-Code": "EntryNotFound"}, 404)
+            return
+        blob = files[path]
+        headers = {
+            "X-Repo-Commit": oid,
+            "ETag": f'"{blob.sha256 if blob.lfs else blob.oid}"',
+            "Accept-Ranges": "bytes",
+            "Content-Type": "application/octet-stream",
+        }
+        content, total = blob.content, len(blob.content)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if wanted is None:
+            self._send(content, headers)
+            return
+        first, last = int(wanted[1]), min(int(wanted[2] or total - 1), total - 1)
+        self._send(content[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{total}"}, 206)
+
+
+def metadata_errors(metadata: Any, repo_type: str) -> list[str]:
+    """What the Hub refuses in a card's metadata, for the keys this project writes."""
+    if not isinstance(metadata, dict):
+        return ["metadata must be a mapping"]
+    errors = []
+    for key, kinds in {
+        "license": str,
+        "base_model": (str, list),
+        "datasets": (str, list),
+        "tags": list,
+        "language": (str, list),
+        "pipeline_tag": str,
+        "library_name": str,
+        "task_categories": list,
+        "configs": list,
+    }.items():
+        if key in metadata and not isinstance(metadata[key], kinds):
+            errors.append(f'"{key}" has the wrong type')
+    repo_id = re.compile(r"[\w.-]+(/[\w.-]+)?")
+    for key in ("base_model", "datasets"):
+        values = metadata.get(key) or []
+        for value in [values] if isinstance(values, str) else values:
+            if not repo_id.fullmatch(str(value)):
+                errors.append(f'"{key}" with value "{value}" is not valid: it must be a repo id')
+    if repo_type == "model":
+        for model in metadata.get("model-index", []):
+            for result in model.get("results", [{}]):
+                if not {"task", "metrics"} <= result.keys() or not result["task"].get("type"):
+                    errors.append('"model-index[0].results" needs a task and metrics')
+                for metric in result.get("metrics", []):
+                    if not {"type", "value"} <= metric.keys():
+                        errors.append('"model-index[0].results[0].metrics" needs type and value')
+                if "dataset" in result and not {"type", "name"} <= result["dataset"].keys():
+                    errors.append('"model-index[0].results[0].dataset" needs type and name')
+    return errors

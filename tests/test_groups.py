@@ -1,0 +1,77 @@
+from datasets import Dataset
+import numpy as np
+import pytest
+
+from lce_trainer.artifacts import save_artifact
+from lce_trainer.errors import GroupsError
+from lce_trainer.groups import GROUPS_FEATURES, load_groups, validate_groups
+
+
+def rows(*groups: tuple[list[str], list[float]], **more: list) -> Dataset:
+    return Dataset.from_dict(
+        {"query": [f"query {i}" for i in range(len(groups))], "passages": [g[0] for g in groups],
+         "labels": [g[1] for g in groups], **more}
+    )  # fmt: skip
+
+
+def test_positives_come_first_and_keep_their_scores():
+    groups, counts = validate_groups(rows((["a", "b", "c"], [0.0, 2.0, 1.0]), scores=[[0.1, 0.2, 0.3]]))
+    assert groups[0]["passages"] == ["b", "c", "a"]
+    assert groups[0]["labels"] == [2.0, 1.0, 0.0]
+    np.testing.assert_allclose(groups[0]["scores"], [0.2, 0.3, 0.1], rtol=1e-6)
+    assert counts["groups"] == 1
+
+
+def test_rows_without_scores_stay_null_when_others_have_them():
+    groups, _ = validate_groups(
+        rows((["a", "b"], [0, 1]), (["c", "d"], [0, 1]), (["e", "f"], [1, 0]), scores=[[1.0, 2.0], None, [3.0, 4.0]])
+    )
+    assert groups["scores"][:] == [[2.0, 1.0], None, [3.0, 4.0]]
+    assert groups["passages"][:] == [["b", "a"], ["d", "c"], ["e", "f"]]
+
+
+def test_groups_that_teach_nothing_are_dropped_and_counted():
+    groups, counts = validate_groups(
+        rows((["a", "b"], [1, 0]), (["a"], [1]), (["a", "b"], [0, 0]), ([], []), (["a", "b"], [1, 1]))
+    )
+    assert len(groups) == 1
+    assert counts == {"groups_read": 5, "groups": 1, "groups_without_positive": 2, "groups_without_negative": 2}
+
+
+def test_the_result_has_exactly_the_schema():
+    groups, _ = validate_groups(rows((["a", "b"], [1, 0]), source=["extra"]))
+    assert groups.features == GROUPS_FEATURES
+
+
+def test_a_selection_of_rows_is_validated_not_the_whole_table():
+    table = rows((["a", "b"], [1, 0]), (["c", "d"], [1, 0])).select([1])
+    groups, counts = validate_groups(table)
+    assert groups[0]["passages"] == ["c", "d"]
+    assert counts["groups_read"] == 1
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (Dataset.from_dict({"query": ["q"], "passages": [["a"]]}), "missing: labels"),
+        (rows((["a", "b"], [1, 0]), (["a", "b"], [1])), "row 1: 1 labels for 2 passages"),
+        (rows((["a", None], [1, 0])), "row 0: passages holds a null"),
+        (rows((["a", "b"], [1, 0]), query_id=[None]), "row 0: query_id is null"),
+        (rows((["a", "b"], [1, 0]), scores=[[0.5]]), "row 0: 1 scores for 2 passages"),
+        (Dataset.from_dict({"query": ["q"], "passages": ["a"], "labels": [[1.0]]}), "column 'passages' must be"),
+    ],
+)
+def test_a_bad_row_is_named(table, message):
+    with pytest.raises(GroupsError, match=message):
+        validate_groups(table)
+
+
+def test_saved_groups_load_back(tmp_path):
+    groups, counts = validate_groups(rows((["a", "b"], [1, 0])))
+    save_artifact(tmp_path / "groups", {"train": groups}, kind="groups", config={}, inputs={}, counts=counts)
+    assert load_groups(str(tmp_path / "groups")).to_list() == groups.to_list()
+
+
+def test_no_groups_is_a_clear_error(tmp_path):
+    with pytest.raises(GroupsError, match="no groups at"):
+        load_groups(str(tmp_path / "nothing"))

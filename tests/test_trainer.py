@@ -1,0 +1,398 @@
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS, build_model, build_tokenizer
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import BertForSequenceClassification, EarlyStoppingCallback, TrainerCallback
+
+from lce_trainer.errors import GroupsError, TrainingError
+from lce_trainer.loss import lce_loss
+from lce_trainer.metrics import ranking_metrics
+from lce_trainer.reranker import Reranker
+from lce_trainer.trainer import LCETrainer
+from lce_trainer.training_args import LCETrainingArguments
+
+
+def make_groups(n: int, seed: int = 0) -> Dataset:
+    """Ragged groups of short texts, some with several positives, some graded, some with scores."""
+    draw = random.Random(seed)
+    rows = []
+    for i in range(n):
+        labels = [[1, 0, 0, 0], [1, 1, 0, 0, 0, 0], [3, 2, 0, 1], [1, 0]][i % 4]
+        rows.append(
+            {
+                "query_id": f"q{i}",
+                "query": f"{' '.join(draw.choices(WORDS, k=draw.randint(2, 5)))} {i}",
+                "passages": [" ".join(draw.choices(WORDS, k=draw.randint(1, 30))) for _ in labels],
+                "labels": [float(label) for label in labels],
+                "scores": [draw.random() for _ in labels] if i % 3 else None,
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def easy_groups(n: int) -> Dataset:
+    """The passage with the word red is right, whatever the query."""
+    draw = random.Random(1)
+    texts = [["red " + draw.choice(WORDS[3:]), *draw.choices(WORDS[3:], k=3)] for _ in range(n)]
+    return Dataset.from_dict(
+        {"query": [f"what is {i}" for i in range(n)], "passages": texts, "labels": [[1.0, 0, 0, 0]] * n}
+    )
+
+
+def lively_model(dropout: float = 0.0) -> BertForSequenceClassification:
+    """With weights so large that scores differ and gradients are felt."""
+    model = build_model(dropout=dropout)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model
+
+
+def make_trainer(folder: Path, groups: Dataset | None, dropout: float = 0.0, model=None, **settings) -> LCETrainer:
+    more = {name: settings.pop(name) for name in ("eval_dataset", "callbacks", "compute_metrics") if name in settings}
+    defaults = {
+        "group_size": 4,
+        "max_length": 48,
+        "max_query_length": 10,
+        "num_train_epochs": 1,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "warmup_steps": 0,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return LCETrainer(
+        model=lively_model(dropout) if model is None else model,
+        args=LCETrainingArguments(str(folder), **{**defaults, **settings}),
+        train_dataset=groups,
+        processing_class=build_tokenizer(),
+        **more,
+    )
+
+
+def weights(trainer: LCETrainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ---- exactness
+
+WAYS = {
+    "accumulated batches of one": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+    "accumulated batches of three": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    "micro-batches of 5 pairs": {"micro_batch_size": 5},
+    "one padded forward pass": {"bucket_overhead": 10**9},
+    "never a padding token": {"bucket_overhead": 0},
+    "padded to a multiple of 8": {"pad_to_multiple_of": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def whole_batches(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Weights after an epoch over 11 groups in steps of 8, the last one of 3."""
+    trainer = make_trainer(tmp_path_factory.mktemp("whole"), make_groups(11), per_device_train_batch_size=8)
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    assert trainer.state.global_step == 2
+    assert max((after[name] - before[name]).abs().max() for name in after) > 1e-2
+    return after
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_update_does_not_depend_on_how_a_step_is_cut(way, whole_batches, tmp_path):
+    trainer = make_trainer(tmp_path, make_groups(11), **{"per_device_train_batch_size": 8, **WAYS[way]})
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert_same(weights(trainer), whole_batches, 1e-6)
+
+
+def test_the_step_is_that_of_a_reference_written_in_plain_torch(tmp_path):
+    """One step of SGD over groups of every kind, against autograd on one pair at a time."""
+    groups = make_groups(4)
+    trainer = make_trainer(tmp_path, groups, per_device_train_batch_size=4, group_size=6, max_grad_norm=0, max_steps=1)
+    reference = lively_model()
+    batch = trainer.data_collator([{**row, "epoch": 0} for row in trainer.train_dataset])
+    trainer.train()
+    total, first = torch.zeros(()), 0
+    for size, labels in zip(batch["group_sizes"], batch["labels"].tolist(), strict=True):
+        assert all(label < labels[0] for label in labels[1:size])
+        scores = []
+        for row in range(first, first + size):
+            ids = batch["input_ids"][row][: batch["lengths"][row]]
+            scores.append(reference(input_ids=ids[None]).logits[0, 0])
+        total = total - (scores[0] - torch.stack(scores).exp().sum().log())
+        first += size
+    (total / 4).backward()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter -= 0.5 * parameter.grad
+    assert_same(weights(trainer), reference.state_dict(), 1e-6)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch
+from test_trainer import make_groups, make_trainer, weights
+
+out = Path({out!r})
+run = dict(per_device_train_batch_size=4, gradient_accumulation_steps=1)
+trainer = make_trainer(out / "ranks", make_groups(11), eval_dataset=make_groups(5, seed=9), **run)
+trainer.train()
+metrics = trainer.evaluate()
+micro = make_trainer(out / "micro", make_groups(11), micro_batch_size=5, **run)
+micro.train()
+resumed = make_trainer(out / "long", make_groups(11), num_train_epochs=3, save_strategy="steps", save_steps=3, **run)
+resumed.train()
+straight = weights(resumed)
+again = make_trainer(out / "long", make_groups(11), num_train_epochs=3, **run)
+again.train(resume_from_checkpoint=str(out / "long" / "checkpoint-3"))
+if trainer.is_world_process_zero():
+    torch.save(dict(ranks=weights(trainer), micro=weights(micro), straight=straight, resumed=weights(again),
+                    metrics=metrics, ranks_used=trainer.args.world_size), out / "result.pt")
+trainer.end()
+"""
+
+
+def test_two_ranks_train_resume_and_evaluate_as_one(whole_batches, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": root}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = torch.load(tmp_path / "result.pt")
+    assert result["ranks_used"] == 2
+    assert_same(result["ranks"], whole_batches, 1e-6)
+    assert_same(result["micro"], whole_batches, 1e-6)
+    # Step 3 lies inside the second epoch: the resumed order must be that epoch's.
+    assert_same(result["resumed"], result["straight"], 0)
+    alone = make_trainer(tmp_path / "alone", None, eval_dataset=make_groups(5, seed=9))
+    alone.model.load_state_dict(whole_batches)
+    for name, value in alone.evaluate().items():
+        if name.endswith(("@10", "_loss")):
+            assert result["metrics"][name] == pytest.approx(value, abs=1e-5), name
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_a_resumed_run_ends_bit_equal_with_dropout_on(at, tmp_path):
+    """In the middle of the second epoch, and at its end."""
+    run = {"num_train_epochs": 3, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "dropout": 0.1}
+    run |= {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(tmp_path / "run", make_groups(11), **run)
+    whole.train()
+    assert whole.state.global_step == 6
+    resumed = make_trainer(tmp_path / "run", make_groups(11), **run, seed=42)
+    torch.manual_seed(999)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{at}"))
+    assert_same(weights(resumed), weights(whole), 0)
+
+
+def test_a_run_without_dropout_differs_from_one_with(tmp_path, whole_batches):
+    trainer = make_trainer(tmp_path, make_groups(11), per_device_train_batch_size=8, dropout=0.1)
+    trainer.train()
+    with pytest.raises(AssertionError):
+        assert_same(weights(trainer), whole_batches, 1e-6)
+
+
+def test_bf16_trains_on_a_cpu_with_the_loss_in_float32(tmp_path):
+    trainer = make_trainer(tmp_path, easy_groups(32), bf16=True, num_train_epochs=2)
+    trainer.train()
+    assert trainer.model.classifier.weight.dtype == torch.float32
+    assert trainer.state.log_history[-1]["train_loss"] < np.log(4)
+
+
+# ---- what is learned
+
+
+def test_distillation_follows_the_scores_and_not_the_labels(tmp_path):
+    groups = easy_groups(32).add_column("scores", [[0.0, 5.0, 0.0, 0.0]] * 32)
+    run = {"distillation_weight": 1.0, "distillation_temperature": 2.0, "num_train_epochs": 3}
+    trainer = make_trainer(tmp_path, groups, **run)
+    trainer.train()
+    assert trainer.evaluate(groups)["eval_ndcg@10"] < 0.8
+
+
+def test_groups_without_scores_learn_from_their_labels(tmp_path):
+    scored = make_trainer(tmp_path, make_groups(4), distillation_weight=0.7)
+    batch = scored._prepare_inputs(scored.data_collator(list(scored.train_dataset)))
+    grid = torch.randn(batch["mask"].shape)
+    losses, labels_only = scored._group_losses(grid, batch), lce_loss(grid, batch["target"], batch["mask"], 1.0, "none")
+    without = [row["scores"] is None for row in scored.train_dataset]
+    assert [a == b for a, b in zip(losses.tolist(), labels_only.tolist(), strict=True)] == without
+
+
+def test_the_curves_are_logged_and_learning_is_announced(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="lce_trainer")
+    trainer = make_trainer(tmp_path, easy_groups(160), logging_steps=4)
+    trainer.train()
+    first, last = trainer.state.log_history[0], trainer.state.log_history[-2]
+    assert first["loss_if_guessing"] == pytest.approx(np.log(4))
+    assert last["loss"] < 0.5 < first["loss"]
+    assert last["accuracy@1"] == 1 and last["margin"] > 0
+    assert 0 <= first["padding"] < 0.2 and first["pairs_per_second"] > 0 and first["cut_pairs"] == 0
+    assert "where guessing costs 1.386" in caplog.text
+    assert "learning: step" in caplog.text and "nothing is being learned" not in caplog.text
+
+
+def test_a_run_that_learns_nothing_says_so_with_causes(tmp_path, caplog):
+    make_trainer(tmp_path, easy_groups(160), learning_rate=0.0, logging_steps=4).train()
+    assert caplog.text.count("nothing is being learned") == 1
+    assert "learning_rate" in caplog.text
+
+
+def test_a_collapsed_model_is_reported(tmp_path, caplog):
+    model = build_model()
+    torch.nn.init.zeros_(model.classifier.weight)
+    make_trainer(tmp_path, easy_groups(8), model=model, learning_rate=0.0, logging_steps=1).train()
+    assert caplog.text.count("the model has collapsed") == 1
+
+
+# ---- guards
+
+
+def test_a_nan_loss_stops_in_its_step_and_names_the_query(tmp_path):
+    model, tokenizer = build_model(), build_tokenizer()
+    word = tokenizer.convert_tokens_to_ids("moon")
+    model.bert.embeddings.word_embeddings.weight.data[word] = torch.nan
+    rows = [{"query_id": f"q{i}", "query": "red fish", "passages": ["a", "b"], "labels": [1.0, 0.0]} for i in range(8)]
+    rows[5]["passages"] = ["moon", "tree"]
+    trainer = make_trainer(tmp_path, Dataset.from_list(rows), model=model, logging_steps=100)
+    before = weights(trainer)
+    with pytest.raises(TrainingError, match=r"step 1: the loss of queries 'q5' is NaN or infinite"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    for name, tensor in weights(trainer).items():
+        torch.testing.assert_close(tensor, before[name], equal_nan=True)
+
+
+def test_groups_that_teach_nothing_are_counted_and_none_left_is_an_error(tmp_path):
+    rows = {"query": ["a", "b"], "passages": [["x", "y"], ["x", "y"]]}
+    trainer = make_trainer(tmp_path, Dataset.from_dict({**rows, "labels": [[1.0, 0.0], [1.0, 1.0]]}))
+    assert trainer.counts["groups"] == 1 and trainer.counts["groups_without_negative"] == 1
+    with pytest.raises(TrainingError, match="none of 2 groups is usable: 1 have no positive and 1 no negative"):
+        make_trainer(tmp_path, Dataset.from_dict({**rows, "labels": [[0.0, 0.0], [1.0, 1.0]]}))
+
+
+def test_what_does_not_fit_together_is_an_error_before_the_first_step(tmp_path):
+    with pytest.raises(TrainingError, match="max_length is 129, but the model reads 128 tokens at most"):
+        make_trainer(tmp_path, make_groups(4), max_length=129)
+    with pytest.raises(TrainingError, match="no group has scores"):
+        make_trainer(tmp_path, easy_groups(4), distillation_weight=0.5)
+    with pytest.raises(TrainingError, match=r"must be a datasets\.Dataset of groups, not list"):
+        make_trainer(tmp_path, [{"query": "a"}])
+    with pytest.raises(TrainingError, match="pass the tokenizer"):
+        LCETrainer(build_model(), LCETrainingArguments(str(tmp_path)), train_dataset=make_groups(4))
+    with pytest.raises(GroupsError, match="dev: groups need the columns"):
+        make_trainer(tmp_path, make_groups(4), eval_dataset={"dev": Dataset.from_dict({"query": ["a"]})})
+
+
+def test_queries_trained_and_measured_on_are_reported(tmp_path, caplog):
+    make_trainer(tmp_path, make_groups(8), eval_dataset=make_groups(8).select([0, 3]))
+    assert "2 of its 2 queries are also trained on" in caplog.text
+
+
+# ---- evaluation
+
+
+def test_evaluation_measures_what_the_reranker_would_rank(tmp_path, tiny_reranker):
+    groups = make_groups(9, seed=4)
+    groups = Dataset.from_list([*groups, {**groups[0], "labels": [0.0] * 4}])
+    trainer = make_trainer(tmp_path, None, model=str(tiny_reranker), eval_dataset=groups, max_length=128)
+    metrics = trainer.evaluate()
+    reranker = Reranker.from_pretrained(tiny_reranker)
+    run, qrels = {}, {}
+    for i, row in enumerate(groups):
+        scores = reranker.score([(row["query"], text) for text in row["passages"]])
+        run[str(i)] = {str(j): float(score) for j, score in enumerate(scores)}
+        qrels[str(i)] = {str(j): int(label) for j, label in enumerate(row["labels"])}
+    for measure, values in ranking_metrics(run, qrels).items():
+        assert metrics[f"eval_{measure}"] == pytest.approx(np.mean(list(values.values())), abs=1e-9)
+    assert metrics["eval_loss"] > 0
+    output = trainer.predict(groups)
+    assert [len(scores) for scores in output.predictions] == [len(row) for row in groups["labels"]]
+    np.testing.assert_allclose(output.predictions[0], list(run["0"].values()), atol=1e-5)
+
+
+def test_several_sets_have_their_own_figures_and_a_mean(tmp_path):
+    sets = {"one": make_groups(3, seed=1), "two": make_groups(5, seed=2)}
+    metrics = make_trainer(tmp_path, None, eval_dataset=sets).evaluate()
+    both = [metrics["eval_one_ndcg@10"], metrics["eval_two_ndcg@10"]]
+    assert metrics["eval_ndcg@10"] == pytest.approx(np.mean(both))
+
+
+class Ruin(TrainerCallback):
+    """Spoil the model after its third step."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step >= 3:
+            torch.nn.init.zeros_(model.classifier.weight)
+
+
+def test_the_best_ranking_checkpoint_is_kept_and_training_stops_early(tmp_path):
+    groups = easy_groups(80)
+    run = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
+    trainer = make_trainer(
+        tmp_path,
+        groups,
+        eval_dataset=easy_groups(30),
+        load_best_model_at_end=True,
+        callbacks=[Ruin(), EarlyStoppingCallback(2)],
+        learning_rate=0.02,
+        **run,
+    )
+    trainer.train()
+    curve = [entry["eval_ndcg@10"] for entry in trainer.state.log_history if "eval_ndcg@10" in entry]
+    assert trainer.state.global_step < 20
+    assert trainer.state.best_metric == max(curve) > curve[-1]
+    assert trainer.evaluate()["eval_ndcg@10"] == pytest.approx(max(curve))
+
+
+# ---- saving
+
+
+def test_a_checkpoint_is_plain_and_holds_neither_token_nor_pickled_settings(tmp_path):
+    trainer = make_trainer(tmp_path, make_groups(8), save_strategy="steps", save_steps=1, hub_token="hf_SECRETSECRET")
+    trainer.train()
+    trainer.save_model()
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert files and not any(b"SECRET" in file.read_bytes() for file in files)
+    assert not list(tmp_path.rglob("training_args.bin"))
+    settings = json.loads((tmp_path / "training_args.json").read_text())
+    assert settings["group_size"] == 4 and "output_dir" not in settings
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["sentence_transformers"] == {"activation_fn": "torch.nn.modules.linear.Identity"}
+    assert load_file(tmp_path / "model.safetensors").keys() == build_model().state_dict().keys()
+    assert Reranker.from_pretrained(tmp_path).max_length == 48
+
+
+def test_a_model_given_by_name_gets_the_same_new_head_for_the_same_seed(tmp_path):
+    base = tmp_path / "base"
+    build_model().bert.save_pretrained(base)
+    build_tokenizer().save_pretrained(base)
+    heads = []
+    for seed in (1, 1, 2):
+        args = LCETrainingArguments(str(tmp_path), seed=seed, max_length=64, max_query_length=8, report_to="none")
+        heads.append(LCETrainer(str(base), args, train_dataset=make_groups(4)).model.classifier.weight.detach())
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
