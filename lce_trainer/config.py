@@ -6,6 +6,7 @@ a key on the command line; the value is read as YAML.
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,13 @@ from typing import Any, Literal
 import yaml
 
 from lce_trainer.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``2e-5`` is a number; YAML 1.1 wants ``2.0e-5``."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def _option(default: Any, help: str) -> Any:
@@ -203,7 +211,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), training_keys: Iterab
         ConfigError: The file is missing or not YAML, a key is unknown, or a value has the wrong type.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise ConfigError(f"no recipe at {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -237,7 +245,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{override!r}: {section!r} is a value, not a section")
         node = child
     try:
-        node[key] = yaml.safe_load(text)
+        node[key] = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         raise ConfigError(f"{override!r}: {text!r} is not a YAML value") from None
 
@@ -267,7 +275,7 @@ def _parse(cls: type, raw: Any, where: str) -> Any:
 
 
 def _convert(value: Any, hint: Any, place: str) -> Any:
-    """Check a YAML value against its annotation; YAML reads 2e-5 as a string, so floats are parsed."""
+    """Check a YAML value against its annotation; a whole number will do for a float."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None:
@@ -278,11 +286,8 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
             return value
         raise ConfigError(f"{place} must be one of {', '.join(map(str, args))}, not {value!r}")
     plain = origin or hint
-    if plain is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
+    if plain is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{place} must be {plain.__name__}, not {value!r}")

@@ -87,8 +87,7 @@ def build_passages(config: CorpusConfig, seed: int, base: Path) -> Passages:
     _check(config)
     where = config.script or config.source or ""
     counts = dict.fromkeys(_COUNTS, 0)
-    rows = tqdm(_read(config, base, counts), desc="reading documents", unit=" documents")
-    documents, merged = _clean_and_merge(rows, config, where, counts)
+    documents, merged = _clean_and_merge(_read(config, base, counts), config, where, counts)
     if config.max_documents is not None and config.max_documents < len(documents):
         drawn = np.random.default_rng(seed).choice(len(documents), config.max_documents, replace=False)
         counts["documents_not_drawn"] = len(documents) - config.max_documents
@@ -168,8 +167,7 @@ def _check(config: CorpusConfig) -> None:
     if (config.source is None) == (config.script is None):
         raise ConfigError("corpus: set either source (a dataset, file or folder) or script (a Python file)")
     if config.max_words < 1 or not 0 <= config.overlap_words < config.max_words:
-        sizes = f"{config.max_words} and {config.overlap_words}"
-        raise ConfigError(f"corpus: max_words must be above 0 and overlap_words from 0 to below that, not {sizes}")
+        raise ConfigError("corpus: max_words must be above 0, and overlap_words from 0 to below max_words")
     if config.max_documents is not None and config.max_documents < 1:
         raise ConfigError(f"corpus: max_documents must be 1 or more, or null for all, not {config.max_documents}")
 
@@ -182,7 +180,7 @@ def _clean_and_merge(
     merged: dict[str, str] = {}
     first: dict[bytes, str] = {}  # doc_id by digest of the document
     columns = None
-    for row in rows:
+    for row in tqdm(rows, desc="reading documents", unit=" documents"):
         columns = columns or _columns(row, config, where)
         raw, raw_id, raw_title = (row.get(name) for name in columns)
         counts["documents_read"] += 1
@@ -196,7 +194,7 @@ def _clean_and_merge(
             continue
         title = clean_text(raw_title)[0].replace("\n", " ") if isinstance(raw_title, str) else ""
         key = hashlib.sha256(passage_text(title, text.replace("\n", " ")).encode()).digest()
-        doc_id = key.hex()[:16] if raw_id is None or raw_id == "" else _JUNK.sub("", str(raw_id))
+        doc_id = key.hex()[:16] if raw_id in (None, "") else _JUNK.sub("", str(raw_id))
         if key in first:
             counts["documents_duplicate"] += 1
             merged.setdefault(doc_id, first[key])
@@ -257,7 +255,8 @@ def _cut(
             rows = []
     batches.append(pa.RecordBatch.from_pylist(rows, PASSAGES_SCHEMA))
     counts["passages"] = sum(batch.num_rows for batch in batches)
-    return datasets.Dataset(pa.Table.from_batches(batches))
+    fingerprint = datasets.fingerprint.generate_random_fingerprint()  # else a hash of all the texts, pickled
+    return datasets.Dataset(pa.Table.from_batches(batches), fingerprint=fingerprint)
 
 
 def _said(counts: Mapping[str, int]) -> str:
@@ -331,9 +330,10 @@ def _read_dataset(name: str, config: CorpusConfig) -> Iterator[Mapping[str, Any]
     try:
         table = datasets.load_dataset(name, split=config.split)
     except Exception as error:  # the Hub, the network and the dataset's own files raise all kinds
-        raise CorpusError(f"no dataset {name!r} with a split {config.split!r}: {_one_line(error)}") from None
-    wanted = [column for column in table.column_names if column in _columns(table.column_names, config, name)]
-    for batch in table.select_columns(wanted).with_format("arrow").iter(_BATCH):
+        wanted = f"a folder of .txt or .md files, or a dataset with the split {config.split!r}"
+        raise CorpusError(f"{name!r} is not {wanted}: {_one_line(error)}") from None
+    columns = [column for column in table.column_names if column in _columns(table.column_names, config, name)]
+    for batch in table.select_columns(columns).with_format("arrow").iter(_BATCH):
         yield from batch.to_pylist()
 
 

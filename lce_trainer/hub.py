@@ -273,7 +273,9 @@ def _explain(error: BaseException, plan: _Plan) -> str:
         return f"the Hub has had too many requests{said}: wait some minutes, then run again"
     if status >= 500:
         return f"the Hub has trouble{said}: run again later"
-    return f"the Hub refused{said}: {cause}"
+    if type(error) is ValueError:
+        return str(error)  # the client's own words: which metadata of the card is not valid
+    return f"the Hub refused{said}"
 
 
 def _one_line(text: str) -> str:

@@ -106,13 +106,15 @@ class Reranker:
         Returns:
             Raw logits, float32, shape ``(pairs,)``; higher is more relevant.
         """
-        scores = np.zeros(len(pairs), dtype=np.float32)
-        with torch.inference_mode(), tqdm(total=len(pairs), unit="pair", disable=not progress) as bar:
-            for rows, batch in scoring_batches(self.tokenizer, pairs, self.max_length, batch_tokens):
+        # Equal pairs are scored once: rows of one batch can differ in the last bit.
+        places = {pair: place for place, pair in enumerate(dict.fromkeys((query, passage) for query, passage in pairs))}
+        scores = np.zeros(len(places), dtype=np.float32)
+        with torch.inference_mode(), tqdm(total=len(places), unit="pair", disable=not progress) as bar:
+            for rows, batch in scoring_batches(self.tokenizer, list(places), self.max_length, batch_tokens):
                 inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
                 scores[rows] = self.model(**inputs).logits[:, 0].float().cpu().numpy()
                 bar.update(len(rows))
-        return scores
+        return scores[[places[query, passage] for query, passage in pairs]]
 
     def rank(self, query: str, passages: Sequence[str], top_k: int | None = None) -> list[RankedPassage]:
         """Passages from the most relevant down; equal scores keep their order.

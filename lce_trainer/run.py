@@ -11,6 +11,7 @@ import datasets
 
 from lce_trainer.artifacts import Manifest, load_table, read_manifest, save_artifact, why_stale
 from lce_trainer.config import Recipe, load_recipe
+from lce_trainer.errors import ArtifactError
 from lce_trainer.llm import LLM, load_llm
 from lce_trainer.prompts import Prompt, load_prompt
 from lce_trainer.retrieval import BM25Index
@@ -79,6 +80,8 @@ class Run:
         if not is_stale(self.root / name, name, shape, digests):
             return
         tables, counts, facts = work()
+        if not all(map(len, tables.values())):
+            raise ArtifactError(f"nothing is left for {name}: {counts}; loosen what drops rows in the recipe")
         save_artifact(
             self.root / name, tables, kind=name, config=shape, inputs=digests, counts=counts, facts=facts
         )

@@ -114,11 +114,9 @@ def auc(scores: np.ndarray, positive: np.ndarray, group: np.ndarray | None = Non
     return float(np.mean(above[both] / (n_positive * n_negative)[both]))
 
 
-def word_counts(texts: pa.Array) -> np.ndarray:
+def word_counts(texts: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """Words of each text, split at white space; int64, shape ``(texts,)``."""
-    words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(texts))
-    empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)
-    counts: np.ndarray = pc.if_else(empty, 0, pc.list_value_length(words)).to_numpy(zero_copy_only=False)
+    counts: np.ndarray = pc.count_substring_regex(texts, pattern=r"\S+").to_numpy(zero_copy_only=False)
     return counts.astype(np.int64)
 
 

@@ -48,9 +48,7 @@ def read_corpus(run: Run) -> None:
     def work() -> Made:
         passages = build_passages(config, run.recipe.seed, run.base)
         BM25Index.build(passages.table, run.root / "passages" / "bm25")
-        merged = {"doc_id": list(passages.merged), "kept_as": list(passages.merged.values())}
-        features = datasets.Features({name: datasets.Value("string") for name in merged})
-        return {"train": passages.table, "merged": datasets.Dataset.from_dict(merged, features)}, passages.counts, {}
+        return {"train": passages.table}, passages.counts, {"merged": passages.merged}
 
     run.make("passages", asdict(config), (), work)
 
@@ -280,8 +278,7 @@ def _cosines(pairs: list[tuple[str, str]], model: str) -> np.ndarray:
 
 def _human_queries(run: Run, path: str, limit: int | None) -> list[Query]:
     """Judged queries, their answers renamed to the documents that duplicates were merged into."""
-    merged = run.table("passages", "merged")
-    kept_as: Mapping[str, str] = dict(zip(merged["doc_id"][:], merged["kept_as"][:], strict=True))
+    kept_as: Mapping[str, str] = run.manifest("passages").facts["merged"]
     return [
         Query(query.query_id, query.query, tuple(dict.fromkeys(kept_as.get(doc, doc) for doc in query.doc_ids)))
         for query in read_queries(run.find(path))[:limit]

@@ -115,7 +115,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         self.tally = Tally()
         self.watch = LearningWatch()
         self.add_callback(self.watch)
-        default = 64 if args.device.type == "cpu" else 16384
+        default = 256 if args.device.type == "cpu" else 16384
         self._bucket_overhead: int = default if args.bucket_overhead is None else args.bucket_overhead
 
     # ---- data

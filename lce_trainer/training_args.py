@@ -51,7 +51,7 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
         default=None,
         metadata={
             "help": "Tokens of padding worth one more forward pass: pairs alike in length run together. Larger cuts "
-            "less, 0 never pads. null: 64 on CPU, 16384 on an accelerator."
+            "less, 0 never pads. null: 256 on CPU, 16384 on an accelerator."
         },
     )
     pad_to_multiple_of: int | None = field(
@@ -85,7 +85,7 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
     )
 
     def __post_init__(self) -> None:
-        self._chosen = {item.name for item in fields(self) if getattr(self, item.name, None) != item.default}
+        self._chosen = {item.name for item in fields(self) if getattr(self, item.name, None) not in (item.default, [])}
         if not torch.accelerator.is_available():
             # Otherwise transformers refuses bf16 on a machine that has no GPU but may well multiply it.
             self.use_cpu = True

@@ -117,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: HubServer
     api = r"/api/(?P<kind>models|datasets)/(?P<repo_id>[^/]+/[^/]+)"
-    ROUTES = [
+    ROUTES = (
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("POST", r"/api/repos/create", "create_repo"),
@@ -131,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
         ("PUT", r"/lfs/(?P<key>\w+)", "lfs_put"),
         ("POST", r"/lfs-verify", "lfs_verify"),
         ("GET", r"/(?P<kind>datasets/)?(?P<repo_id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
-    ]
+    )
 
     def do_GET(self) -> None:
         self._answer("GET")

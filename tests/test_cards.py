@@ -9,6 +9,7 @@ import yaml
 from hub_server import metadata_errors
 from huggingface_hub import DatasetCard, ModelCard
 
+from lce_trainer import cards
 from lce_trainer.artifacts import save_artifact
 from lce_trainer.cards import Evaluation, RunFacts, _find_template, write_dataset_card, write_model_card
 from lce_trainer.errors import ArtifactError, PublishError
@@ -211,6 +212,14 @@ def test_another_template_is_filled_strictly(tmp_path, facts):
 @pytest.mark.parametrize("name", ["model_card_template.md", "dataset_card_template.md"])
 def test_the_templates_are_found_and_parse(name):
     jinja2.Environment().parse(_find_template(name).read_text(encoding="utf-8"))
+
+
+def test_an_installed_wheel_finds_the_model_cards_template_in_the_package(tmp_path, facts, monkeypatch):
+    (tmp_path / "lce_trainer").mkdir()
+    (tmp_path / "lce_trainer" / "model_card_template.md").write_text("{{ name }}\n")
+    (tmp_path / "model_card_template.md").write_text("somebody else's file beside the package")
+    monkeypatch.setattr(cards, "__file__", str(tmp_path / "lce_trainer" / "cards.py"))
+    assert write_model_card(tmp_path, facts).read_text() == "user/fish-reranker\n"
 
 
 def test_a_dataset_card_needs_finished_groups(tmp_path, facts):

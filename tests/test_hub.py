@@ -183,7 +183,7 @@ def test_what_was_published_loads_over_http_with_equal_scores_and_the_token_is_n
         scores = AutoModelForSequenceClassification.from_pretrained(model_dir).eval()(**batch).logits[:, 0].tolist()
     assert loaded["scores"] == pytest.approx(scores, abs=1e-6)
     assert loaded["groups"] == datasets.Dataset.from_parquet(str(groups_dir / "train.parquet"))[0]
-    assert sorted(os.listdir(loaded["snapshot"])) == [".gitattributes", *MODEL_FILES]
+    assert sorted(path.name for path in Path(loaded["snapshot"]).iterdir()) == [".gitattributes", *MODEL_FILES]
 
 
 @pytest.mark.parametrize("token", [None, READER], ids=["no token", "another user's"])
@@ -264,7 +264,7 @@ def test_an_unknown_token_and_another_owner_are_refused_by_name(folders, hub, on
 
 def test_metadata_that_the_hub_refuses_is_named(folders, hub, online):
     (folders[0] / "README.md").write_text("---\nbase_model: /somewhere/else\n---\n")
-    with pytest.raises(PublishError, match='user/tiny was not published: Invalid metadata.*"base_model"'):
+    with pytest.raises(PublishError, match=r'user/tiny was not published: Invalid metadata.*"base_model"'):
         run(folders, hub)
 
 

@@ -112,7 +112,7 @@ def whole_batches(tmp_path_factory) -> dict[str, torch.Tensor]:
     trainer.train()
     after = weights(trainer)
     assert trainer.state.global_step == 2
-    assert max((after[name] - before[name]).abs().max() for name in after) > 1e-2
+    assert max((after[name] - before[name]).abs().max() for name in after) > 5e-3
     return after
 
 
@@ -127,7 +127,9 @@ def test_the_update_does_not_depend_on_how_a_step_is_cut(way, whole_batches, tmp
 def test_the_step_is_that_of_a_reference_written_in_plain_torch(tmp_path):
     """One step of SGD over groups of every kind, against autograd on one pair at a time."""
     groups = make_groups(4)
-    trainer = make_trainer(tmp_path, groups, per_device_train_batch_size=4, group_size=6, max_grad_norm=0, max_steps=1)
+    trainer = make_trainer(
+        tmp_path, groups, per_device_train_batch_size=4, group_size=6, max_grad_norm=0, weight_decay=0
+    )
     reference = lively_model()
     batch = trainer.data_collator([{**row, "epoch": 0} for row in trainer.train_dataset])
     trainer.train()
@@ -143,7 +145,7 @@ def test_the_step_is_that_of_a_reference_written_in_plain_torch(tmp_path):
     (total / 4).backward()
     with torch.no_grad():
         for parameter in reference.parameters():
-            parameter -= 0.5 * parameter.grad
+            parameter -= 0.1 * parameter.grad
     assert_same(weights(trainer), reference.state_dict(), 1e-6)
 
 
@@ -256,7 +258,10 @@ def test_the_curves_are_logged_and_learning_is_announced(tmp_path, caplog):
 
 
 def test_a_run_that_learns_nothing_says_so_with_causes(tmp_path, caplog):
-    make_trainer(tmp_path, easy_groups(160), learning_rate=0.0, logging_steps=4).train()
+    draw = random.Random(2)
+    texts = [draw.sample(WORDS, 4) for _ in range(160)]
+    groups = Dataset.from_dict({"query": ["what"] * 160, "passages": texts, "labels": [[1.0, 0, 0, 0]] * 160})
+    make_trainer(tmp_path, groups, learning_rate=0.0, logging_steps=4).train()
     assert caplog.text.count("nothing is being learned") == 1
     assert "learning_rate" in caplog.text
 

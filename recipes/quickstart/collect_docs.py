@@ -1,6 +1,6 @@
 """The documentation inside your own Python: one document for each docstring of the standard library.
 
-``documents()`` is what a recipe's ``corpus.script`` calls. Run this file to see them::
+``documents()`` is what a recipe's ``corpus.script`` calls. Run as a program, this file prints them::
 
     python recipes/quickstart/collect_docs.py | head
 """
@@ -11,6 +11,7 @@ import inspect
 import io
 import json
 import pkgutil
+import subprocess
 import sys
 import types
 import warnings
@@ -38,6 +39,16 @@ Names = dict[int, tuple[Rank, str, Any]]  # by id(): its best name's rank, the n
 
 
 def documents() -> Iterator[dict[str, str]]:
+    """Yield what :func:`collect` finds in an interpreter of its own.
+
+    The one at work has libraries loaded that change the standard library (torch replaces inspect.getfile),
+    and need not have all of it imported.
+    """
+    printed = subprocess.run([sys.executable, "-I", __file__], capture_output=True, check=True, text=True).stdout
+    yield from map(json.loads, printed.splitlines())
+
+
+def collect() -> Iterator[dict[str, str]]:
     """Yield the documents, ordered by name.
 
     Each public module, class, function, method and property comes once, under the name a programmer
@@ -172,5 +183,5 @@ _STDLIB = {_root(name) for name in sys.stdlib_module_names}
 
 
 if __name__ == "__main__":
-    for document in documents():
-        print(json.dumps(document, ensure_ascii=False))
+    for document in collect():
+        print(json.dumps(document))

@@ -1,0 +1,180 @@
+"""The crash-safe record of every answer a language model gave, and the loop that asks for the rest.
+
+One JSON line a batch: ``{"sha256": digest of the answers, "answers": {key: answer}}``. A batch is
+written whole and forced to disk before the next is asked for, so a killed run loses at most the
+batch in flight: half a line at the end of the file, which the next run drops.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from lce_trainer.artifacts import digest
+from lce_trainer.errors import ArtifactError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no advisory locks of this kind; one writer at a time is then up to the user.
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+
+def ask(
+    journal: "Journal",
+    keys: Sequence[str],
+    batches: Sequence[Sequence[int]],
+    call: Callable[[Sequence[int]], Sequence[Any]],
+    desc: str,
+) -> list[Any]:
+    """The answer to every key: from the journal where it is known, else from ``call``.
+
+    An answer can depend in its last bits on what shares its batch, so a resumed run is equal to
+    an uninterrupted one because both plan the same batches, and each is journalled whole.
+
+    Args:
+        journal: Where answers are kept.
+        keys: Digest of everything each answer depends on. Equal keys are asked once.
+        batches: Indices into ``keys``, in the order to ask; a function of the inputs alone, never
+            of what is already answered.
+        call: Asks for some indices; returns one JSON-able answer for each, in order.
+        desc: Label of the progress bar.
+
+    Returns:
+        Answers in the order of ``keys``.
+    """
+    known = sum(key in journal for key in keys)
+    if known:
+        logger.info("%s: %d of %d already answered, in %s", desc, known, len(keys), journal.path.name)
+    with tqdm(total=sum(map(len, batches)), desc=desc) as progress:
+        for batch in batches:
+            missing = list({keys[index]: index for index in batch if keys[index] not in journal}.values())
+            if missing:
+                answers = call(missing)
+                journal.append({keys[index]: answer for index, answer in zip(missing, answers, strict=True)})
+            progress.update(len(batch))
+    return [journal[key] for key in keys]
+
+
+class Journal:
+    """Answers by key, on disk before :meth:`append` returns. One process at a time may hold it."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a journal, or start one.
+
+        Args:
+            path: The file; its folder is made.
+
+        Raises:
+            ArtifactError: Another process holds it, a line other than the last is damaged, or it
+                cannot be opened.
+        """
+        self.path = path
+        self._answers: dict[str, Any] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise ArtifactError(f"cannot open {path}: {error.strerror}") from None
+        try:
+            self._lock()
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._answers
+
+    def __getitem__(self, key: str) -> Any:
+        return self._answers[key]
+
+    def get(self, key: str) -> Any | None:
+        """The answer to a key; None when there is none, or when None is the answer (``in`` tells)."""
+        return self._answers.get(key)
+
+    def append(self, records: Mapping[str, Any]) -> None:
+        """Record one batch of answers: all of it is on disk when this returns, or none.
+
+        Args:
+            records: JSON-able answers by key.
+
+        Raises:
+            ArtifactError: The disk is full or fails; the file is left as it was.
+        """
+        # Read back from JSON, so that a fresh run and a resumed one see the same types.
+        answers = json.loads(json.dumps(dict(records), allow_nan=False))
+        line = json.dumps({"sha256": digest(answers), "answers": answers}) + "\n"
+        size = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line.encode()) != len(line):
+                raise OSError(0, "only part of the line was written; the disk is likely full")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(size)
+            raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from None
+        self._answers.update(answers)
+
+    def close(self) -> None:
+        """Let go of the file; another process may open it."""
+        self._file.close()
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(
+                f"{self.path} is in use by another process: wait until it is done, or stop it"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s cannot be locked (%s): do not start a second run on it", self.path, error.strerror)
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        *lines, tail = self._file.read().split(b"\n")
+        end = 0
+        for number, line in enumerate(lines, start=1):
+            answers = _parse(line)
+            if answers is None:
+                if number < len(lines) or tail:
+                    raise ArtifactError(
+                        f"{self.path}:{number} is damaged: delete that line to have its answers asked again, "
+                        "or the file to have all of them"
+                    )
+                tail = line
+                break
+            self._answers.update(answers)
+            end += len(line) + 1
+        if tail:
+            logger.warning("%s: dropped %d bytes of a batch that was cut off while written", self.path, len(tail))
+            self._file.truncate(end)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The answers of a journal line; None when it is not whole."""
+    try:
+        record = json.loads(line)
+        answers = record["answers"]
+        whole = isinstance(answers, dict) and record["sha256"] == digest(answers)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return answers if whole else None

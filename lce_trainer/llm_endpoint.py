@@ -1,0 +1,3 @@
+from lce_trainer.config import LLMConfig
+class EndpointLLM:
+    pass

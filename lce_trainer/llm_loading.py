@@ -1,0 +1,121 @@
+"""Load a causal language model and its tokenizer; a GGUF file is converted once and kept."""
+
+import copy
+import hashlib
+import importlib.metadata
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from lce_trainer.artifacts import file_sha256
+from lce_trainer.config import LLMConfig
+from lce_trainer.errors import LLMError
+from lce_trainer.packaged import resolve_model
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+
+def load_model(config: LLMConfig) -> tuple[Any, Any]:
+    """The model, ready to answer on the accelerator if there is one, and its tokenizer.
+
+    Args:
+        config: Names a Hub id, a folder, a ``.gguf`` file, or ``package:NAME``.
+
+    Raises:
+        ConfigError: ``package:NAME`` is not installed.
+        LLMError: There is no such model, it is damaged, it is not a causal one, or there is no such dtype.
+    """
+    name = resolve_model(config.model)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    dtype = _dtype(config.dtype, device)
+    try:
+        path = str(_converted(Path(name).expanduser(), dtype)) if name.lower().endswith(".gguf") else name
+        logger.info("loading %s in %s on %s", config.model, str(dtype).removeprefix("torch."), device)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
+    # What a broken or foreign checkpoint raises has no common base: OSError, ValueError, KeyError, SafetensorError, …
+    except Exception as error:
+        if isinstance(error, LLMError):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LLMError(
+            f"cannot load {config.model!r} as a causal language model: {reason}; "
+            "llm.model takes a Hub id, a folder, a .gguf file, or package:NAME"
+        ) from error
+    # A checkpoint's own sampling settings would silently mix with ours.
+    end = getattr(model.generation_config, "eos_token_id", None)
+    end = tokenizer.eos_token_id if end is None else end
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = (end[0] if isinstance(end, list) else end) or 0
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    return model, tokenizer
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name in _DTYPES:
+        return _DTYPES[name]
+    if name != "auto":
+        raise LLMError(f"llm.dtype must be one of auto, {', '.join(_DTYPES)}, not {name!r}")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        # oneDNN also says yes where it only emulates the products, which is slower than float32.
+        checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        if any(check() for check in checks if check):
+            return torch.bfloat16
+    return torch.float32
+
+
+def _converted(gguf: Path, dtype: torch.dtype) -> Path:
+    """The folder of a GGUF file's weights as safetensors in ``dtype``, made the first time it is asked for.
+
+    ``transformers`` unpacks a GGUF file at every load, which takes most of a minute for a model that
+    then loads from safetensors in a second.
+    """
+    if not gguf.is_file():
+        raise LLMError(f"no GGUF file at {gguf}")
+    what = f"{file_sha256(gguf)} {dtype} transformers {importlib.metadata.version('transformers')}"
+    cache = Path(constants.HF_HOME) / "lce_trainer"
+    folder = cache / hashlib.sha256(what.encode()).hexdigest()[:16]
+    if (folder / "config.json").is_file():
+        return folder
+    logger.info("unpacking %s into %s; this takes a minute, once", gguf.name, folder)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
+    except OSError as error:
+        raise LLMError(f"cannot write {cache} ({error.strerror}): set HF_HOME to a folder that you can write") from None
+    try:
+        # From 5.23 on weights can stay packed where a kernel for them is installed; those cannot be saved.
+        unpacked = transformers.GgufConfig(dequantize=True) if hasattr(transformers, "GgufConfig") else None
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=dtype, quantization_config=unpacked
+        )
+        settings = copy.deepcopy(model.config)
+        if hasattr(settings, "quantization_config"):
+            del settings.quantization_config
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        plain.load_state_dict(model.state_dict(), assign=True)
+        plain.tie_weights()
+        plain.generation_config = model.generation_config
+        plain.save_pretrained(part)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+        try:
+            part.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder

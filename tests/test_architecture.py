@@ -1,0 +1,84 @@
+"""The rules that keep the package small, flat and one-way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lce_trainer
+
+PACKAGE = Path(lce_trainer.__file__).parent
+BASE = {"errors", "config", "artifacts", "packaged", "precision"}
+BORDER = {"groups"}
+MAKING = {"corpus", "prompts", "journal", "llm", "llm_local", "llm_endpoint", "queries", "retrieval", "warmup"}
+MAKING |= {"labeling", "shortcut"}
+LEARNING = {"loss", "sampling", "collator", "training_args", "guards", "trainer", "checkpoints", "reranker"}
+LEARNING |= {"metrics", "evaluation"}
+SHARING = {"cards", "hub"}
+TOP = {"run", "fit", "stages", "cli", "__init__"}
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def imports_of(module: str) -> set[str]:
+    """Modules of the package that a module imports anywhere, type-checking imports included."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lce_trainer"):
+            found |= {node.module.partition(".")[2]} if "." in node.module else {name.name for name in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[2] for name in node.names if name.name.startswith("lce_trainer.")}
+    return found
+
+
+def test_every_module_has_a_place():
+    assert set(MODULES) <= BASE | BORDER | MAKING | LEARNING | SHARING | TOP
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module):
+    allowed = set(BASE)
+    if module in BASE:
+        allowed = BASE
+    elif module in BORDER:
+        allowed |= BORDER
+    elif module in MAKING:
+        allowed |= BORDER | MAKING
+    elif module in LEARNING:
+        allowed |= BORDER | LEARNING
+    elif module in SHARING:
+        allowed |= BORDER | SHARING
+    else:
+        allowed = set(MODULES)
+    assert imports_of(module) <= allowed, f"{module} imports {imports_of(module) - allowed}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_is_one_idea(module):
+    assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"cli"}))
+def test_only_the_command_line_prints(module):
+    calls = [node for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if getattr(call.func, "id", "") == "print"]
+
+
+def test_only_hub_uploads():
+    for module in set(MODULES) - {"hub"}:
+        text = (PACKAGE / f"{module}.py").read_text()
+        assert "HfApi" not in text and "upload_folder" not in text, module
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, lce_trainer, lce_trainer.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_public_names_are_importable():
+    for name in lce_trainer.__all__:
+        assert getattr(lce_trainer, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        lce_trainer.nonsense  # noqa: B018
