@@ -64,6 +64,12 @@ def file_sha256(path: Path) -> str:
     return sha256.hexdigest()
 
 
+def content_digest(path: Path) -> str:
+    """Digest of a file, or of a folder's files and their names, wherever it lies; 16 hex digits."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return digest({file.relative_to(path).as_posix(): file_sha256(file) for file in files})
+
+
 def save_artifact(
     path: Path,
     tables: Mapping[str, datasets.Dataset],

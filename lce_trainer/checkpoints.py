@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from lce_trainer.artifacts import MANIFEST, file_sha256, read_manifest, write_manifest
 from lce_trainer.errors import ArtifactError
@@ -57,3 +58,13 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
             continue
         return folder
     return None
+
+
+def final_state(checkpoint: Path) -> TrainerState | None:
+    """The state of a run that was over when it saved this checkpoint; None if it has steps to go.
+
+    ``transformers`` forgets that a run had stopped early, and would go on.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    over = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
+    return state if over else None

@@ -7,8 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lce_trainer.errors import LCETrainerError
+
+if TYPE_CHECKING:
+    from lce_trainer.run import Run
+
+logger = logging.getLogger("lce_trainer.cli")  # as a script its __name__ is another
 
 _STAGES = {
     "generate": "cut the corpus into passages and have the LLM write queries",
@@ -29,14 +35,15 @@ A stage that was interrupted goes on where it was when the same command is run a
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("lce_trainer").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
+    _speak(arguments.verbose)
     try:
         return _run(arguments)
-    except LCETrainerError as error:
-        if arguments.verbose:
-            logging.getLogger(__name__).debug("where it happened", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
+    except (LCETrainerError, OSError) as error:
+        logger.debug("where it happened", exc_info=True)
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror:  # a full disk, a folder that may not be written
+            message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr)
@@ -67,15 +74,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _speak(verbose: bool) -> None:
+    """Log what matters to standard error, from one process; what is quick needs no progress bar."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.getLogger("lce_trainer").setLevel(level if _is_first_process() else logging.ERROR)
+    # tqdm reads these when it is imported. A file or a CI log gets few lines: it keeps every state of a bar.
+    on_terminal = sys.stderr.isatty()
+    os.environ.setdefault("TQDM_DELAY", "1" if on_terminal else "20")
+    os.environ.setdefault("TQDM_MININTERVAL", "0.1" if on_terminal else "60")
+    if not _is_first_process():
+        os.environ["TQDM_DISABLE"] = "1"
+
+
 def _run(arguments: argparse.Namespace) -> int:
     # transformers and torch take seconds to import: --help and a mistyped command must not wait for them.
     import datasets
+    import huggingface_hub.utils
+    import transformers
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from lce_trainer import stages
     from lce_trainer.run import open_run
 
+    transformers.logging.set_verbosity_error()  # a new head is "MISSING" to it, a long prompt an "indexing error"
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # type: ignore[attr-defined]  # the line before takes those of downloads along
     datasets.disable_progress_bars()
-    run = open_run(arguments.recipe, arguments.overrides)
+    with logging_redirect_tqdm():
+        return _run_stages(arguments, open_run(arguments.recipe, arguments.overrides))
+
+
+def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
+    from lce_trainer import stages
+
     if arguments.command == "publish":
         print(stages.publish(run, dry_run=arguments.dry_run))
         return 0
@@ -91,7 +122,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for name in chosen:
         start = time.monotonic()
         text = works[name]()
-        logging.getLogger("lce_trainer").info("%s took %s", name, _duration(time.monotonic() - start))
+        logger.info("%s took %s", name, _duration(time.monotonic() - start))
         if text is not None and _is_first_process():
             print(f"\n{text}")
     if arguments.command == "run" and _is_first_process():

@@ -8,15 +8,21 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import PartialState
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    ProgressCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
-from lce_trainer.artifacts import MANIFEST, digest, write_manifest
-from lce_trainer.checkpoints import SealCheckpoints, newest_checkpoint
+from lce_trainer.artifacts import digest, write_manifest
+from lce_trainer.checkpoints import SealCheckpoints, final_state, newest_checkpoint
 from lce_trainer.groups import load_groups
 from lce_trainer.precision import resolve_dtype
 from lce_trainer.reranker import load_model, load_tokenizer
-from lce_trainer.run import Run, is_stale
+from lce_trainer.run import Run, is_stale, processes
 from lce_trainer.trainer import LCETrainer
 from lce_trainer.training_args import LCETrainingArguments
 
@@ -82,31 +88,47 @@ def _fit(
     }
     folder = run.root / name
     stale = is_stale(folder, name, shape, inputs)
-    PartialState().wait_for_everyone()  # before rank 0 can finish and change the answer
-    if not stale:
+    processes().wait_for_everyone()  # before the first can finish and change the answer
+    if stale:
+        # Checkpoints of other settings or other groups must not be taken up.
+        checkpoints = run.root / "checkpoints" / f"{name}-{digest([shape, dict(inputs)])}"
+        trainer = _trainer(run, name, model, groups, dev, arguments, checkpoints)
+        _train(trainer, name, newest_checkpoint(checkpoints))
+        if trainer.is_world_process_zero() and folder.exists():
+            shutil.rmtree(folder)  # of other settings, its manifest among them
+        trainer.save_model(str(folder))
+        if trainer.is_world_process_zero():
+            (run.root / "logs").mkdir(exist_ok=True)
+            trainer.state.save_to_json(str(run.root / "logs" / f"{name}.json"))
+            names = [file.name for file in folder.iterdir() if file.is_file()]
+            facts = {"max_length": trainer.args.max_length, "dev_ndcg@10": trainer.state.best_metric}
+            counts = {**trainer.counts, "steps": trainer.state.global_step}
+            write_manifest(folder, names, kind=name, config=shape, inputs=inputs, counts=counts, facts=facts)
+    if processes().is_main_process:
+        for left in (run.root / "checkpoints").glob(f"{name}-*"):
+            shutil.rmtree(left)
+    processes().wait_for_everyone()
+
+
+def _train(trainer: LCETrainer, name: str, newest: Path | None) -> None:
+    """Train to the end, from the newest checkpoint if there is one."""
+    processes().wait_for_everyone()  # until all have found the same one
+    if newest is None:
+        trainer.train()
         return
-    # Checkpoints of other settings or other groups must not be taken up.
-    checkpoints = run.root / "checkpoints" / f"{name}-{digest([shape, dict(inputs)])}"
-    trainer = _trainer(run, model, groups, dev, arguments, checkpoints)
-    newest = newest_checkpoint(checkpoints)
-    if newest is not None:
-        logger.info("%s: going on from %s", name, newest)
-    PartialState().wait_for_everyone()
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        (run.root / "logs").mkdir(exist_ok=True)
-        trainer.state.save_to_json(str(run.root / "logs" / f"{name}.json"))
-        names = [file.name for file in folder.iterdir() if file.is_file() and file.name not in (MANIFEST, "README.md")]
-        facts = {"max_length": trainer.args.max_length, "dev_ndcg@10": trainer.state.best_metric}
-        counts = {**trainer.counts, "steps": trainer.state.global_step}
-        write_manifest(folder, names, kind=name, config=shape, inputs=inputs, counts=counts, facts=facts)
-        shutil.rmtree(checkpoints)
-    PartialState().wait_for_everyone()
+    logger.info("%s: going on from %s", name, newest)
+    state = final_state(newest)
+    if state is None:
+        trainer.train(resume_from_checkpoint=str(newest))
+        return
+    trainer.state = state
+    best = newest.with_name(f"checkpoint-{state.best_global_step}")
+    trainer._load_from_checkpoint(str(best if trainer.args.load_best_model_at_end and best.is_dir() else newest))
 
 
 def _trainer(
     run: Run,
+    name: str,
     model: str,
     groups: datasets.Dataset,
     dev: datasets.Dataset,
@@ -126,6 +148,8 @@ def _trainer(
             "save_total_limit": 2,
             "load_best_model_at_end": True,
             "metric_for_best_model": "ndcg@10",
+            "restore_callback_states_from_checkpoint": True,
+            "disable_tqdm": False,
             "report_to": "none",
             **arguments,
         }
@@ -134,7 +158,7 @@ def _trainer(
     callbacks = [SealCheckpoints()]
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
-    return LCETrainer(
+    trainer = LCETrainer(
         model=load_model(model, dropout=config.dropout),
         args=args,
         train_dataset=groups,
@@ -142,3 +166,40 @@ def _trainer(
         processing_class=load_tokenizer(model),
         callbacks=callbacks,
     )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Progress(name))
+    return trainer
+
+
+class _Progress(ProgressCallback):  # type: ignore[misc]
+    """A bar, and a line an evaluation, where transformers prints every log as a dict."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.latest: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(f"training {self.name.replace('_', ' ')}")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self.latest = logs
+        if "eval_ndcg@10" in logs:
+            said = "dev nDCG@10 {eval_ndcg@10:.3f}".format_map(logs)
+            if self.latest:
+                said += ", loss {loss:.3f} where guessing costs {loss_if_guessing:.3f}".format_map(self.latest)
+            logger.info("%s: step %d of %d: %s", self.name, state.global_step, state.max_steps, said)

@@ -81,8 +81,10 @@ def label_candidates(
         (``source_judged_best``).
 
     Raises:
-        LabelError: A source passage is not in ``passages``, or no group is left.
+        LabelError: A passage is not among ``passages``, a score is not finite, or no group is left.
     """
+    if not len(candidates):
+        raise LabelError("there are no candidates to judge: no query was written, or none was mined for")
     pool = _draw_pool(candidates, passages, config, seed)
     order = np.random.default_rng(seed).permutation(len(pool.queries))
     shuffled = np.argsort(np.argsort(order)[pool.query], kind="stable")
@@ -91,10 +93,11 @@ def label_candidates(
 
     positive, negative, counts = _decide(scores, pool, config)
     chosen = _choose_negatives(negative, positive, pool, config)
-    counts["negatives_not_needed"] = int(negative.sum() - chosen.sum())
     groups = _build_groups(positive, chosen, scores, pool)
     counts |= {
+        "negatives_not_taken": int(negative.sum() - chosen.sum()),
         "groups_without_negative": counts.pop("groups_with_positive") - len(groups),
+        "negatives": int(chosen.sum()),
         "groups": len(groups),
     }
     if not len(groups):

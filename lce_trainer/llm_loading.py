@@ -21,7 +21,7 @@ from lce_trainer.packaged import resolve_model
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 def load_model(config: LLMConfig) -> tuple[Any, Any]:
@@ -35,7 +35,7 @@ def load_model(config: LLMConfig) -> tuple[Any, Any]:
         LLMError: There is no such model, it is damaged, it is not a causal one, or there is no such dtype.
     """
     name = resolve_model(config.model)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
     dtype = _dtype(config.dtype, device)
     try:
         path = str(_converted(Path(name).expanduser(), dtype)) if name.lower().endswith(".gguf") else name
@@ -58,6 +58,10 @@ def load_model(config: LLMConfig) -> tuple[Any, Any]:
     if pad is None:
         pad = (end[0] if isinstance(end, list) else end) or 0
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    # Given the strided slice of last positions, torch's matmul copies the whole vocabulary matrix once a row.
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+    )
     return model, tokenizer
 
 

@@ -56,7 +56,7 @@ class TransformersLLM:
         shared = _common_prefix(sequences, [len(ids) - 1 for ids in sequences])
         window = getattr(self._model.config.get_text_config(), "sliding_window", None)
         if window and max(map(len, sequences), default=0) + max_new_tokens > window:
-            shared = 0  # padding stands between the prefix and the rest, and a sliding window would count it
+            pass
         answers = [""] * len(prompts)
         for batch in self._batches([len(ids) - shared for ids in sequences]):
             width = max(len(sequences[index]) for index in batch)
@@ -306,7 +306,7 @@ def _gumbel(seeds: Sequence[int], step: int, tokens: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform))
 
 
-def _common_prefix(sequences: Sequence[Sequence[int]], limits: Sequence[int]) -> int:
+def _common_prefix(sequences: Sequence[list[int]], limits: Sequence[int]) -> int:
     """Length of the prefix that all sequences share, at most the least limit; 0 for fewer than two."""
     if len(sequences) < 2:
         return 0

@@ -1,19 +1,22 @@
 """Which precision this machine multiplies fast."""
 
+from typing import Any
+
 import torch
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether matrices of bfloat16 run on the hardware's own instructions, not on emulation."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if torch.accelerator.is_available():
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether bfloat16 products are the hardware's own; emulated, they are slower than float32."""
+    device = torch.accelerator.current_accelerator()
+    if device is None:
+        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+        return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def resolve_dtype(name: str) -> torch.dtype:
     """``"auto"`` is bfloat16 where the hardware multiplies it, else float32; other names are torch's own."""
     if name == "auto":
         return torch.bfloat16 if multiplies_bfloat16() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -77,6 +77,8 @@ def generate_queries(
     sources = passages.select(drawn)
     ids, texts = sources["passage_id"][:], sources["text"][:]
     items = [(row, n) for row in range(len(drawn)) for n in range(config.per_passage)]
+    if not config.show_title:
+        texts = [text.removeprefix(f"{title}\n") for text, title in zip(texts, sources["title"][:], strict=True)]
     shown = [cut_words(text, config.max_passage_words) for text in texts]
     prompts = [prompt.render(passage=text, examples=config.examples) for text in shown]
     seeds = [_stable_seed(seed, ids[row], n) for row, n in items]

@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from lce_trainer.artifacts import MANIFEST, read_manifest, write_manifest
 from lce_trainer.errors import ArtifactError, ConfigError, CorpusError
 from lce_trainer.packaged import resolve_model
+from lce_trainer.precision import multiplies_bfloat16
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 
@@ -320,7 +321,7 @@ def embed(
     positions = getattr(encoder.config, "max_position_embeddings", None) or max_length
     max_length = min(max_length, tokenizer.model_max_length, positions)
     embeddings = np.zeros((len(texts), encoder.config.hidden_size), dtype=np.float32)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=_multiplies_bfloat16(device))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16())
     with torch.inference_mode(), autocast, tqdm(total=len(texts), desc="embedding", disable=not progress) as bar:
         for start in range(0, len(texts), _TOKENIZED):
             window = list(texts[start : start + _TOKENIZED])
@@ -364,14 +365,6 @@ def _pooling(name: str) -> str:
     modes = [key.removeprefix("pooling_mode_") for key, value in config.items() if value is True]
     mode = str(config.get("pooling_mode") or "+".join(mode for mode in modes if mode != "include_prompt"))
     return {"mean_tokens": "mean", "cls_token": "cls"}.get(mode, mode)
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware has bfloat16 products; emulated, they are slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
-    return device.type == "cpu" and bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,15 +1,27 @@
 """A recipe being run: where its artifacts are, and which of them have to be made."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
-from lce_trainer.artifacts import Manifest, load_table, read_manifest, save_artifact, why_stale
+from lce_trainer.artifacts import (
+    MANIFEST,
+    Manifest,
+    content_digest,
+    load_table,
+    read_manifest,
+    save_artifact,
+    why_stale,
+)
 from lce_trainer.config import Recipe, load_recipe
 from lce_trainer.errors import ArtifactError
 from lce_trainer.llm import LLM, load_llm
@@ -21,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 Tables = Mapping[str, datasets.Dataset]
 Made = tuple[Tables, Mapping[str, int], Mapping[str, Any]]  # tables, counts, facts
+
+_MADE_BY = {"passages": "generate", "queries": "generate", "candidates": "mine", "groups": "label"}
 
 
 @dataclass
@@ -51,12 +65,27 @@ class Run:
         return BM25Index.load(self.root / "passages" / "bm25")
 
     def table(self, name: str, split: str = "train") -> datasets.Dataset:
-        """The rows of a finished artifact."""
+        """The rows of a finished artifact.
+
+        Raises:
+            ArtifactError: As :meth:`manifest`.
+        """
+        self.manifest(name)
         return load_table(self.root / name, name, split)
 
     def manifest(self, name: str) -> Manifest:
-        """What made a finished artifact."""
-        return read_manifest(self.root / name, name)
+        """What made a finished artifact.
+
+        Raises:
+            ArtifactError: It is missing, unfinished or damaged; names the stage that makes it.
+        """
+        folder = self.root / name
+        if not (folder / MANIFEST).is_file():
+            what = "is unfinished" if folder.is_dir() else "does not exist"
+            raise ArtifactError(
+                f"{folder} {what}: run lce-trainer {_MADE_BY.get(name, 'train')} with this recipe first"
+            )
+        return read_manifest(folder, name)
 
     def prompt(self, name: str) -> Prompt:
         """A prompt of the package by name, or a file of the recipe's."""
@@ -66,8 +95,14 @@ class Run:
         """A path as written, or relative to the recipe's folder."""
         return Path(path) if Path(path).exists() else self.base / path
 
+    def contents(self, paths: Iterable[str | None]) -> dict[str, str]:
+        """Digest of each file or folder that the recipe names, so that an edited one counts as changed."""
+        return {path: content_digest(self.find(path)) for path in paths if path and self.find(path).exists()}
+
     def make(self, name: str, config: Mapping[str, Any], inputs: Sequence[str], work: Callable[[], Made]) -> None:
         """Make an artifact, unless it is there, made from the same things.
+
+        Of several processes one works, and the others wait until it is done.
 
         Args:
             name: Of the artifact: its folder and its kind.
@@ -77,15 +112,22 @@ class Run:
         """
         shape = {**config, "seed": self.recipe.seed}
         digests = {kind: self.manifest(kind).digest for kind in inputs}
-        if not is_stale(self.root / name, name, shape, digests):
-            return
-        tables, counts, facts = work()
-        if not all(map(len, tables.values())):
-            raise ArtifactError(f"nothing is left for {name}: {counts}; loosen what drops rows in the recipe")
-        save_artifact(
-            self.root / name, tables, kind=name, config=shape, inputs=digests, counts=counts, facts=facts
-        )
-        logger.info("%s: %s", name, ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
+        with processes().main_process_first():
+            if not is_stale(self.root / name, name, shape, digests):
+                return
+            tables, counts, facts = work()
+            if not all(map(len, tables.values())):
+                raise ArtifactError(f"nothing is left for {name}: {counts}; loosen what drops rows in the recipe")
+            save_artifact(self.root / name, tables, kind=name, config=shape, inputs=digests, counts=counts, facts=facts)
+            said = (f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items() if count)
+            logger.info("%s: %s", name, ", ".join(said))
+
+
+def processes() -> PartialState:
+    """The processes of this command, one unless ``accelerate launch`` started more."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    # One process may work on a stage for hours; by default those that wait give up after ten minutes.
+    return PartialState(cpu=on_cpu, timeout=timedelta(hours=24))
 
 
 def is_stale(folder: Path, name: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from lce_trainer.artifacts import read_manifest
+from lce_trainer.artifacts import MANIFEST
 from lce_trainer.cards import Evaluation, RunFacts, write_dataset_card, write_model_card
 from lce_trainer.corpus import build_passages
 from lce_trainer.errors import ConfigError
@@ -47,10 +47,12 @@ def read_corpus(run: Run) -> None:
 
     def work() -> Made:
         passages = build_passages(config, run.recipe.seed, run.base)
+        # From here on the index is that of other passages than those of an earlier manifest.
+        (run.root / "passages" / MANIFEST).unlink(missing_ok=True)
         BM25Index.build(passages.table, run.root / "passages" / "bm25")
         return {"train": passages.table}, passages.counts, {"merged": passages.merged}
 
-    run.make("passages", asdict(config), (), work)
+    run.make("passages", {**asdict(config), "contents": run.contents((config.source, config.script))}, (), work)
 
 
 def generate(run: Run) -> None:
@@ -101,6 +103,8 @@ def label(run: Run) -> None:
 def train(run: Run) -> None:
     """A warm start where the recipe wants one, then the cross-encoder learns from the judged groups."""
     config = run.recipe.train.warm_start
+    if run.recipe.train.groups is None:
+        run.manifest("groups")  # missing ones must not be noticed after the warm start
     if config.pairs:
         teacher = config.teacher or run.recipe.train.model
 
@@ -134,20 +138,25 @@ def evaluate(run: Run) -> str:
         raise ConfigError("nothing to evaluate on: set evaluate.queries, or evaluate.candidates and evaluate.qrels")
 
     def work() -> Made:
-        results, counts = {}, {}
+        results: dict[str, datasets.Dataset] = {}
+        counts: dict[str, int] = {}
         if config.queries is not None:
             results["in_domain"], counts = _evaluate_in_domain(run)
         if config.candidates is not None:
             results["out_of_domain"] = _evaluate_out_of_domain(run)
+        folder = run.root / "evaluation"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, result in results.items():
+            (folder / f"{name}.md").write_text(markdown(result) + "\n", encoding="utf-8")
         return results, counts, {}
 
     inputs = ("passages", "model") if config.queries is not None else ("model",)
-    run.make("evaluation", asdict(config), inputs, work)
+    shape = {**asdict(config), "contents": run.contents((config.queries, config.candidates, config.qrels))}
+    run.make("evaluation", shape, inputs, work)
     texts = []
-    for split in read_manifest(run.root / "evaluation").files:
-        name = split.removesuffix(".parquet")
+    for file in run.manifest("evaluation").files:
+        name = file.removesuffix(".parquet")
         results = run.table("evaluation", name)
-        (run.root / "evaluation" / f"{name}.md").write_text(markdown(results) + "\n", encoding="utf-8")
         texts.append(f"{name.replace('_', ' ')}, {results[0]['queries']} queries\n{table(results)}")
     return "\n\n".join(texts)
 
@@ -236,9 +245,7 @@ def _evaluate_out_of_domain(run: Run) -> datasets.Dataset:
         raise ConfigError("evaluate.candidates needs evaluate.qrels, its judgments")
     judged = read_judged(run.find(config.candidates or ""), run.find(config.qrels))
     systems = _rerank_all(run, judged.queries, judged.pools, judged.run)
-    return compare(
-        systems, judged.qrels, baseline="BM25", relevant_from=config.relevant_from, seed=run.recipe.seed
-    )
+    return compare(systems, judged.qrels, baseline="BM25", relevant_from=config.relevant_from, seed=run.recipe.seed)
 
 
 def _rerank_all(
@@ -258,9 +265,7 @@ def _rerank_all(
     for name, folder in scored.items():
         reranker = Reranker.from_pretrained(folder)
         logger.info("%s: scoring %s pairs", name, f"{sum(map(len, pools)):,}")
-        systems[name] = rerank(
-            queries, pools, partial(reranker.score, batch_tokens=config.batch_tokens, progress=True)
-        )
+        systems[name] = rerank(queries, pools, partial(reranker.score, batch_tokens=config.batch_tokens, progress=True))
     if config.bi_encoder is not None:
         systems["reranker + bi-encoder"] = fuse(systems[RERANKER], systems["bi-encoder"])
     return systems
@@ -318,7 +323,8 @@ def _dev_groups(run: Run, top_k: int, limit: int | None) -> datasets.Dataset:
             "query": [query.query for query in queries],
             "passages": [[text for _, text in pool] for pool in pools],
             "labels": [
-                [float(doc_id in query.doc_ids) for doc_id, _ in pool] for query, pool in zip(queries, pools, strict=True)
+                [float(doc_id in query.doc_ids) for doc_id, _ in pool]
+                for query, pool in zip(queries, pools, strict=True)
             ],
         }
     )

@@ -302,7 +302,6 @@ def test_settings_that_contradict_each_other_are_errors(settings: dict[str, Any]
         build_passages(CorpusConfig(**settings), 0, Path())
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("text", "too_long"),
     [

@@ -1,0 +1,80 @@
+"""The ``lce-trainer`` command as a process of its own, which can be told when to die.
+
+Processes are forked from one that has imported torch already, so each starts in no time.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lce_trainer.cli import main
+from lce_trainer.journal import Journal
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["lce_trainer.stages"])
+
+
+class Moment(NamedTuple):
+    """A process kills itself when it is about to do this.
+
+    Attributes:
+        event: One of Python's audit events on files: ``open``, ``os.mkdir``, ``os.rename``, ``shutil.rmtree``;
+            or ``journal``: a batch of answers is on disk.
+        path: Part of the path it happens to.
+        nth: At which time.
+    """
+
+    event: str
+    path: str
+    nth: int = 1
+
+
+def command(*arguments: str | Path, log: Path, die: Moment | None = None) -> tuple[int, str]:
+    """Run one command.
+
+    Args:
+        arguments: What is typed after ``lce-trainer``.
+        log: File for what it prints.
+        die: When it kills itself with SIGKILL.
+
+    Returns:
+        Exit status, negative for a signal, and what it printed.
+    """
+    process = _FORKS.Process(target=_run, args=(list(map(str, arguments)), str(log), die))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode is not None, f"still running: {log.read_text()[-2000:]}"
+    return process.exitcode, log.read_text(encoding="utf-8")
+
+
+def _run(arguments: Sequence[str], log: str, die: Moment | None) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if die is not None:
+        _die_at(die)
+    sys.exit(main(arguments))
+
+
+def _die_at(moment: Moment) -> None:
+    left = moment.nth
+
+    def watch(event: str, arguments: Sequence[Any]) -> None:
+        nonlocal left
+        if event == moment.event and any(moment.path in str(argument) for argument in arguments[:2]):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    append = Journal.append
+
+    def watched(journal: Journal, records: dict[str, Any]) -> None:
+        append(journal, records)
+        watch("journal", [journal.path])
+
+    sys.addaudithook(watch)
+    Journal.append = watched  # type: ignore[method-assign,assignment]

@@ -1,0 +1,50 @@
+"""The wheel holds what the package needs, and works from an unrelated folder."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(ROOT)], check=True
+    )
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_templates_prompts_and_typing(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for name in ("model_card_template.md", "dataset_card_template.md", "py.typed", "prompts/query.jinja"):
+        assert f"lce_trainer/{name}" in names
+    assert f"lce_trainer/prompts/{'verdict'}.jinja" in names
+    assert not [name for name in names if name.startswith(("tests/", "recipes/", "benchmarks/"))]
+
+
+def test_an_installed_wheel_finds_its_files(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import lce_trainer, pathlib\n"
+        f"assert pathlib.Path(lce_trainer.__file__).is_relative_to({str(tmp_path)!r})\n"
+        "from lce_trainer.prompts import load_prompt\n"
+        "from lce_trainer.cards import RunFacts, write_model_card\n"
+        "print(len(load_prompt('likelihood').render(passage='a', examples=[])))\n"
+        "from lce_trainer.cli import main\n"
+        "main(['--help'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "generate" in done.stdout
