@@ -56,7 +56,7 @@ class TransformersLLM:
         shared = _common_prefix(sequences, [len(ids) - 1 for ids in sequences])
         window = getattr(self._model.config.get_text_config(), "sliding_window", None)
         if window and max(map(len, sequences), default=0) + max_new_tokens > window:
-            pass
+            shared = 0  # padding stands between the prefix and the rest, and a sliding window would count it
         answers = [""] * len(prompts)
         for batch in self._batches([len(ids) - shared for ids in sequences]):
             width = max(len(sequences[index]) for index in batch)

@@ -259,13 +259,10 @@ def _rerank_all(
     systems: Runs = {"BM25": bm25}
     if config.bi_encoder is not None:
         systems["bi-encoder"] = rerank(queries, pools, partial(_cosines, model=config.bi_encoder))
-    scored: dict[str, Any] = {RERANKER: run.root / "model"}
-    if (run.root / "warm_start_model" / "manifest.json").is_file():
-        scored = {"warm start alone": run.root / "warm_start_model", **scored}
-    for name, folder in scored.items():
-        reranker = Reranker.from_pretrained(folder)
-        logger.info("%s: scoring %s pairs", name, f"{sum(map(len, pools)):,}")
-        systems[name] = rerank(queries, pools, partial(reranker.score, batch_tokens=config.batch_tokens, progress=True))
+    reranker = Reranker.from_pretrained(run.root / "model")
+    logger.info("scoring %s pairs", f"{sum(map(len, pools)):,}")
+    score = partial(reranker.score, batch_tokens=config.batch_tokens, progress=True)
+    systems[RERANKER] = rerank(queries, pools, score)
     if config.bi_encoder is not None:
         systems["reranker + bi-encoder"] = fuse(systems[RERANKER], systems["bi-encoder"])
     return systems

@@ -101,7 +101,9 @@ def write_recipe(folder: Path) -> Path:
     causal.backend_tokenizer.post_processor = processors.TemplateProcessing("[CLS] $0", None, [("[CLS]", 2)])
     causal.model_max_length = 1024
     causal.save_pretrained(folder / "llm")
-    BertModel(build_model(dropout=0.1).config, add_pooling_layer=True).save_pretrained(folder / "encoder")
+    encoder = build_model(dropout=0.1).config
+    encoder.initializer_range = 0.2
+    BertModel(encoder).save_pretrained(folder / "encoder")
     build_tokenizer().save_pretrained(folder / "encoder")
     draw = random.Random(5)
     documents = [{"doc_id": f"d{i}", "text": " ".join(draw.choices(WORDS, k=draw.randint(8, 25)))} for i in range(60)]

@@ -1,16 +1,15 @@
 """The local model: tiny random Llama and Gemma models in float64, against computations written out naively."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -146,8 +145,10 @@ def sampling(count: int, **changes) -> dict:
 
 
 def test_greedy_completion_equals_argmax_one_token_at_a_time(llm):
-    written = llm.complete(prompts(), **sampling(3, temperature=0.0))
-    for prompt, text in zip(prompts(), written, strict=True):
+    llm._config.batch_tokens = 100_000
+    uneven = [*prompts(), f"{SHOTS}passage: {' '.join(PASSAGES)} query:", f"{SHOTS}passage: fire"]
+    written = llm.complete(uneven, **sampling(5, temperature=0.0))
+    for prompt, text in zip(uneven, written, strict=True):
         tokens = llm._tokenizer(prompt)["input_ids"]
         start = len(tokens)
         while len(tokens) < start + 12 and tokens[-1] != 2:
@@ -185,7 +186,9 @@ def test_first_tokens_are_drawn_from_the_nucleus_in_proportion(folders):
     _, logprobs = naive_logprobs(llm, prompts()[0])
     probabilities, order = (logprobs[-1] / 0.9).softmax(-1).sort(descending=True)
     size = int((probabilities.cumsum(0) - probabilities < 0.8).sum())
-    expected = dict(zip(order[:size].tolist(), (probabilities[:size] / probabilities[:size].sum()).tolist(), strict=True))
+    expected = dict(
+        zip(order[:size].tolist(), (probabilities[:size] / probabilities[:size].sum()).tolist(), strict=True)
+    )
     drawn = llm.complete([prompts()[0]] * 3000, **sampling(3000, max_new_tokens=1))
     for token, probability in expected.items():
         text = llm._tokenizer.decode([token], skip_special_tokens=True)
@@ -206,6 +209,15 @@ def test_noise_is_standard_gumbel_and_uncorrelated_across_seeds_steps_and_tokens
         whole = noise[: shifted.shape[0], : shifted.shape[1], : shifted.shape[2]]
         assert abs(np.corrcoef(whole.flatten(), shifted.flatten())[0, 1]) < 0.01
     assert torch.isfinite(flat).all()
+
+
+def test_an_answer_ends_at_the_models_end_token(llm):
+    free = llm.complete(prompts(), **sampling(3, temperature=0.0))
+    end = llm._tokenizer(free[0], add_special_tokens=False)["input_ids"][0]
+    llm._model.generation_config.eos_token_id = [2, end]
+    ended = llm.complete(prompts(), **sampling(3, temperature=0.0))
+    assert ended[0] == llm._tokenizer.decode([end])
+    assert all(whole.startswith(text) for whole, text in zip(free, ended, strict=True))
 
 
 def test_an_answer_ends_before_its_first_stop_string(llm):
@@ -294,6 +306,72 @@ def test_wrong_settings_are_named(folders, tmp_path):
         TransformersLLM(LLMConfig(model="package:no_such_package")).complete(["a"], **sampling(1))
     with pytest.raises(LLMError, match="no GGUF file at"):
         TransformersLLM(LLMConfig(model=str(tmp_path / "no.gguf"))).complete(["a"], **sampling(1))
+
+
+def write_gguf(path: Path, tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM) -> None:
+    """A Llama with its byte-level BPE as llama.cpp keeps them."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens += [f"<unused{number}>" for number in range(config.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if len(token) > 2 and token[0] + token[-1] == "<>" else 1 for token in tokens])
+    writer.add_token_merges(
+        [" ".join(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    )
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_add_bos_token(True)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        module, _, suffix = name.rpartition(".")
+        values = tensor.numpy()
+        if (kind := module.rpartition(".")[2]) in heads:  # rotary halves are interleaved there
+            halves = values.reshape(heads[kind], 2, -1, values.shape[1])
+            values = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
+        writer.add_tensor(f"{names.get_name(module)}.{suffix}", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_unpacked_once_and_never_half(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, build_tokenizer(), build_model("llama"))
+    llm = TransformersLLM(LLMConfig(model=str(file), dtype="float32"))
+    plain = TransformersLLM(LLMConfig(model=str(folders["llama"]), dtype="float32"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.PreTrainedModel.save_pretrained", partial(fail, OSError("disk full")))
+        with pytest.raises(LLMError, match="disk full"):
+            llm.score(prompts(), QUERIES[:3])
+    assert list((tmp_path / "home" / "lce_trainer").iterdir()) == []
+
+    pairs = [prompts(), QUERIES[:3]]
+    assert llm.name == "tiny.gguf"
+    assert llm.score(*pairs) == pytest.approx(plain.score(*pairs), abs=1e-5)
+    assert len(list((tmp_path / "home" / "lce_trainer").iterdir())) == 1
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.save_pretrained", partial(fail, AssertionError()))
+    again = TransformersLLM(LLMConfig(model=str(file), dtype="float32"))
+    assert again.score(*pairs) == llm.score(*pairs)
+
+
+def fail(error: Exception, *args, **kwargs):
+    raise error
 
 
 def test_an_endpoint_takes_the_place_of_a_local_model():

@@ -103,7 +103,7 @@ def test_every_loader_scores_the_model_alike(finished):
     folder = str(finished.root / "model")
     pairs = [("what is a fish", "the river falls on stone"), ("seed", "leaf root seed moon " * 20), ("why", "snow")]
     scores = Reranker.from_pretrained(folder).score(pairs)
-    assert np.ptp(scores) > 1e-3
+    assert np.ptp(scores) > 0.01
     np.testing.assert_allclose(CrossEncoder(folder, device="cpu").predict(pairs), scores, atol=1e-5)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     batch = AutoTokenizer.from_pretrained(folder)(
