@@ -61,7 +61,9 @@ class CorpusConfig:
     split: str = _option("train", "Split of a Hub dataset.")
     text_column: str | None = _option(None, "Column with the text; found by name (text, passage, content, …) if null.")
     id_column: str | None = _option(None, "Column with the document's id; found by name, else made from the text.")
-    title_column: str | None = _option(None, "Column with the title, which every passage of the document carries; found by name.")
+    title_column: str | None = _option(
+        None, "Column with the title, which every passage of the document carries; found by name."
+    )
     max_words: int = _option(150, "Words a passage holds at most.")
     overlap_words: int = _option(20, "Words of whole sentences that a passage repeats from the one before.")
     max_documents: int | None = _option(None, "Use only so many documents, drawn at random with the recipe's seed.")
@@ -75,7 +77,9 @@ class GenerateConfig:
     per_passage: int = _option(1, "Queries written for each passage.")
     prompt: str = _option("query", "A prompt of lce_trainer/prompts by name, or the path of a .jinja file.")
     examples: list[dict[str, str]] = _option([], "Few-shot examples of your domain: passage, query.")
-    show_title: bool = _option(True, "Show the passage's title as well; without it the LLM has to describe, not to name.")
+    show_title: bool = _option(
+        True, "Show the passage's title as well; without it the LLM has to describe, not to name."
+    )
     max_passage_words: int = _option(120, "Words of the passage shown to the LLM.")
     max_new_tokens: int = _option(24, "Tokens of a query at most.")
     temperature: float = _option(0.7, "Sampling temperature; 0 is greedy.")
@@ -170,6 +174,9 @@ class EvaluateConfig:
     bi_encoder: str | None = _option(None, "An encoder for embeddings to compare with; null leaves its row out.")
     max_queries: int | None = _option(None, "Measure on the first so many queries only.")
     max_dev_queries: int | None = _option(100, "Dev queries measured at each evaluation while training.")
+    precision: Literal["auto", "float32", "bfloat16"] = _option(
+        "auto", "Of the reranker's weights while it scores; auto: bfloat16 where the hardware multiplies it."
+    )
     batch_tokens: int = _option(8192, "Tokens scored in one forward pass at most.")
 
 

@@ -154,7 +154,9 @@ def _reorder(table: pa.Table, order: np.ndarray) -> pa.Table:
         if column.null_count:
             # Rows without scores hold no items, so an order over all items does not fit: pad them.
             lengths = pc.list_value_length(table["passages"]).to_pylist()
-            items = [value if value is not None else [None] * n for value, n in zip(column.to_pylist(), lengths)]
+            items = [
+                value if value is not None else [None] * n for value, n in zip(column.to_pylist(), lengths, strict=True)
+            ]
             padded = pa.array(items, type=column.type)
             moved = pa.ListArray.from_arrays(padded.offsets, padded.flatten().take(pa.array(order)))
             columns[name] = pc.if_else(pc.is_valid(column), moved, pa.scalar(None, type=column.type))

@@ -233,9 +233,13 @@ class EndpointLLM:
             ),
             reraise=True,
         )
+
+        async def once() -> _T:
+            # The client's own timeout is for each read: a server that drips would never meet it.
+            return await asyncio.wait_for(request(), self._config.timeout)
+
         try:
-            # The client's timeout is per read: a server that drips would never meet it.
-            return await tries(lambda: asyncio.wait_for(request(), self._config.timeout))
+            return await tries(once)
         except _EXPECTED as error:
             count = tries.statistics.get("attempt_number", 1)
             again = f" after {count} tries" if count > 1 else ""

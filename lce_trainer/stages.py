@@ -24,6 +24,7 @@ from lce_trainer.hub import Published
 from lce_trainer.hub import publish as upload
 from lce_trainer.journal import Journal
 from lce_trainer.labeling import check_judge, label_candidates
+from lce_trainer.precision import resolve_dtype
 from lce_trainer.queries import generate_queries
 from lce_trainer.reranker import Reranker
 from lce_trainer.retrieval import BM25Index, candidates, embed
@@ -259,7 +260,7 @@ def _rerank_all(
     systems: Runs = {"BM25": bm25}
     if config.bi_encoder is not None:
         systems["bi-encoder"] = rerank(queries, pools, partial(_cosines, model=config.bi_encoder))
-    reranker = Reranker.from_pretrained(run.root / "model")
+    reranker = Reranker.from_pretrained(run.root / "model", dtype=resolve_dtype(config.precision))
     logger.info("scoring %s pairs", f"{sum(map(len, pools)):,}")
     score = partial(reranker.score, batch_tokens=config.batch_tokens, progress=True)
     systems[RERANKER] = rerank(queries, pools, score)
@@ -275,7 +276,8 @@ def _cosines(pairs: list[tuple[str, str]], model: str) -> np.ndarray:
     vectors = embed(texts, model)
     left = vectors[[rows[query] for query, _ in pairs]]
     right = vectors[[rows[passage] for _, passage in pairs]]
-    return np.einsum("pd,pd->p", left, right)
+    cosines: np.ndarray = np.einsum("pd,pd->p", left, right)
+    return cosines
 
 
 def _human_queries(run: Run, path: str, limit: int | None) -> list[Query]:

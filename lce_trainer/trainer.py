@@ -347,6 +347,10 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         folder = Path(output_dir or self.args.output_dir)
         self.accelerator.unwrap_model(self.model).config.sentence_transformers = dict(RAW_SCORES)
         self.processing_class.model_max_length = self.args.max_length
+        if (backend := getattr(self.processing_class, "backend_tokenizer", None)) is not None:
+            # How the last batch was cut and padded would be saved with it, and bind who reads that file alone.
+            backend.no_truncation()
+            backend.no_padding()
         super()._save(str(folder), state_dict)
         if self.args.should_save:
             (folder / "training_args.bin").unlink(missing_ok=True)

@@ -57,7 +57,7 @@ def warm_start_groups(
             f"set train.warm_start.pairs=0"
         )
     rarity = _rarity(windows)
-    sources = np.resize(rng.permutation(len(windows)), n_queries)
+    sources: list[int] = np.resize(rng.permutation(len(windows)), n_queries).tolist()
     queries = [_pseudo_query(windows[row], rarity, rng) for row in sources]
 
     table = datasets.Dataset.from_dict({"text": windows})
@@ -86,7 +86,7 @@ def warm_start_groups(
 def _windows(texts: Sequence[str], n: int, max_words: int, rng: np.random.Generator) -> list[str]:
     """Runs of words of random length and place, from passages drawn uniformly; distinct, in drawn order."""
     windows: dict[str, None] = {}
-    for row in np.resize(rng.permutation(len(texts)), n):
+    for row in np.resize(rng.permutation(len(texts)), n).tolist():
         words = texts[row].split()
         length = int(rng.integers(min(_SHORTEST_WINDOW, max_words), max_words + 1))
         start = int(rng.integers(0, max(len(words) - length, 0) + 1))

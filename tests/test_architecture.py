@@ -12,7 +12,18 @@ import lce_trainer
 PACKAGE = Path(lce_trainer.__file__).parent
 BASE = {"errors", "config", "artifacts", "packaged", "precision"}
 BORDER = {"groups"}
-MAKING = {"corpus", "prompts", "journal", "llm", "llm_local", "llm_endpoint", "llm_loading", "queries", "retrieval", "warmup"}
+MAKING = {
+    "corpus",
+    "prompts",
+    "journal",
+    "llm",
+    "llm_local",
+    "llm_endpoint",
+    "llm_loading",
+    "queries",
+    "retrieval",
+    "warmup",
+}
 MAKING |= {"labeling", "shortcut"}
 LEARNING = {"loss", "sampling", "collator", "training_args", "guards", "trainer", "checkpoints", "reranker"}
 LEARNING |= {"metrics", "evaluation"}

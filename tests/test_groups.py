@@ -1,6 +1,6 @@
-from datasets import Dataset
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from lce_trainer.artifacts import save_artifact
 from lce_trainer.errors import GroupsError

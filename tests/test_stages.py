@@ -126,7 +126,7 @@ def test_running_it_again_does_nothing_and_says_so(finished, tmp_path):
     assert status == 0, printed
     assert state() == before
     for name in ARTIFACTS:
-        assert f"{name}: already made" in printed
+        assert f"INFO: {name}: already made" in printed
     assert "\nreranker " in printed
 
 
@@ -150,7 +150,7 @@ def test_a_changed_setting_redoes_its_stage_and_what_follows_from_it(override, r
     journals = {name: (root / name / "journal.jsonl").read_bytes() for name in ("queries", "groups")}
     status, printed = command("run", finished.recipe, f"run_dir={root}", override, log=tmp_path / "log")
     assert status == 0, printed
-    assert {name for name in ARTIFACTS if f"{name}: already made" not in printed} == remade
+    assert {name for name in ARTIFACTS if f"INFO: {name}: already made" not in printed} == remade
     assert {name for name in ARTIFACTS if (root / name / "manifest.json").read_bytes() != before[name]} == remade
     for name, answers in journals.items():
         after = (root / name / "journal.jsonl").read_bytes()
