@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,6 +80,8 @@ def _speak(verbose: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     level = logging.DEBUG if verbose else logging.INFO
     logging.getLogger("lce_trainer").setLevel(level if _is_first_process() else logging.ERROR)
+    if not verbose:
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries, to each other
     # tqdm reads these when it is imported. A file or a CI log gets few lines: it keeps every state of a bar.
     on_terminal = sys.stderr.isatty()
     os.environ.setdefault("TQDM_DELAY", "1" if on_terminal else "20")
@@ -117,7 +120,15 @@ def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
         "train": lambda: stages.train(run),
         "evaluate": lambda: stages.evaluate(run),
     }
-    chosen = _ORDER if arguments.command == "run" else (arguments.command,)
+    chosen: tuple[str, ...] = (arguments.command,)
+    if arguments.command == "run":
+        stages.check(run)
+        chosen = _ORDER if stages.is_judged(run) else _ORDER[:-1]
+    if {"MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys() and "RANK" not in os.environ:
+        logger.warning(
+            "accelerate launch has started one process only: for more on a CPU it needs mpirun, or a config "
+            "like recipes/accelerate_configs/ddp_cpu.yaml"
+        )
     begun = time.monotonic()
     for name in chosen:
         start = time.monotonic()
@@ -126,6 +137,8 @@ def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
         if text is not None and _is_first_process():
             print(f"\n{text}")
     if arguments.command == "run" and _is_first_process():
+        if not stages.is_judged(run):
+            logger.info("evaluate was left out: the recipe names no human judgments (evaluate.queries)")
         print(_what_next(run.root, time.monotonic() - begun))
     return 0
 
@@ -140,11 +153,11 @@ def _duration(seconds: float) -> str:
 
 
 def _what_next(root: Path, seconds: float) -> str:
+    kinds = {"model": "model", "dataset": "groups", "figures": "evaluation"}
+    made = "\n".join(f"  {what + ':':9} {root / name}" for what, name in kinds.items() if (root / name).is_dir())
     return f"""
 Done in {_duration(seconds)}.
-  model:    {root / "model"}
-  dataset:  {root / "groups"}
-  figures:  {root / "evaluation"}
+{made}
 
 Use it:
   from lce_trainer import Reranker

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from transformers import (
     EarlyStoppingCallback,
@@ -19,6 +20,8 @@ from transformers import (
 
 from lce_trainer.artifacts import digest, write_manifest
 from lce_trainer.checkpoints import SealCheckpoints, final_state, newest_checkpoint
+from lce_trainer.collator import GroupCollator
+from lce_trainer.errors import TrainingError
 from lce_trainer.groups import load_groups
 from lce_trainer.precision import resolve_dtype
 from lce_trainer.reranker import load_model, load_tokenizer
@@ -61,9 +64,31 @@ def fit_reranker(run: Run, dev: datasets.Dataset | None) -> None:
     else:
         groups = load_groups(config.groups)
     if dev is None:
-        halves = groups.train_test_split(test_size=config.dev_fraction, seed=run.recipe.seed)
-        groups, dev = halves["train"], halves["test"]
+        groups, dev = _hold_out(groups, config.dev_fraction, run.recipe.seed)
     _fit(run, "model", model, groups, dev, config.arguments, inputs)
+
+
+def check_training(run: Run) -> None:
+    """Check what can be checked of the training settings without groups.
+
+    Raises:
+        LCETrainerError: They cannot be used, or there is no such base model.
+    """
+    args = _arguments(run, run.recipe.train.arguments, run.root / "checkpoints")
+    tokenizer = load_tokenizer(run.recipe.train.model)
+    GroupCollator(tokenizer, args.group_size, args.max_length, args.max_query_length)
+
+
+def _hold_out(groups: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The groups without a random part of them, and that part."""
+    held = max(round(len(groups) * fraction), 1)
+    if fraction <= 0 or held >= len(groups):
+        raise TrainingError(
+            f"{len(groups)} groups cannot be parted by train.dev_fraction={fraction}: there must be some to train on "
+            "and some to choose the best checkpoint by; set evaluate.dev_queries, or another fraction"
+        )
+    order = np.random.default_rng(seed).permutation(len(groups))
+    return groups.select(np.sort(order[held:])), groups.select(np.sort(order[:held]))
 
 
 def _fit(
@@ -104,10 +129,10 @@ def _fit(
             facts = {"max_length": trainer.args.max_length, "dev_ndcg@10": trainer.state.best_metric}
             counts = {**trainer.counts, "steps": trainer.state.global_step}
             write_manifest(folder, names, kind=name, config=shape, inputs=inputs, counts=counts, facts=facts)
+    processes().wait_for_everyone()  # until none reads a checkpoint any more
     if processes().is_main_process:
         for left in (run.root / "checkpoints").glob(f"{name}-*"):
             shutil.rmtree(left)
-    processes().wait_for_everyone()
 
 
 def _train(trainer: LCETrainer, name: str, newest: Path | None) -> None:
@@ -136,24 +161,7 @@ def _trainer(
     checkpoints: Path,
 ) -> LCETrainer:
     config = run.recipe.train
-    args = LCETrainingArguments(
-        **{
-            "output_dir": str(checkpoints),
-            "seed": run.recipe.seed,
-            "bf16": resolve_dtype(config.precision) == torch.bfloat16,
-            "eval_strategy": "steps",
-            "eval_steps": 0.2,
-            "save_strategy": "steps",
-            "save_steps": 0.2,
-            "save_total_limit": 2,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "ndcg@10",
-            "restore_callback_states_from_checkpoint": True,
-            "disable_tqdm": False,
-            "report_to": "none",
-            **arguments,
-        }
-    )
+    args = _arguments(run, arguments, checkpoints)
     set_seed(args.seed)  # a new head is drawn from it
     callbacks = [SealCheckpoints()]
     if config.early_stopping_patience is not None:
@@ -170,6 +178,28 @@ def _trainer(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Progress(name))
     return trainer
+
+
+def _arguments(run: Run, chosen: Mapping[str, Any], output_dir: Path) -> LCETrainingArguments:
+    """The settings of a phase: those the recipe chooses over those of every recipe."""
+    return LCETrainingArguments(
+        **{
+            "output_dir": str(output_dir),
+            "seed": run.recipe.seed,
+            "bf16": resolve_dtype(run.recipe.train.precision) == torch.bfloat16,
+            "eval_strategy": "steps",
+            "eval_steps": 0.2,
+            "save_strategy": "steps",
+            "save_steps": 0.2,
+            "save_total_limit": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "ndcg@10",
+            "restore_callback_states_from_checkpoint": True,
+            "disable_tqdm": False,
+            "report_to": "none",
+            **chosen,
+        }
+    )
 
 
 class _Progress(ProgressCallback):  # type: ignore[misc]

@@ -37,7 +37,16 @@ class _NoAnswerError(Exception):
 
 
 # Besides HTTP errors: JSON that is none, or of another shape than the protocol's.
-_EXPECTED = (_HTTPError, _NoAnswerError, OSError, asyncio.TimeoutError, ValueError, LookupError, TypeError)
+_EXPECTED = (
+    _HTTPError,
+    _NoAnswerError,
+    OSError,
+    asyncio.TimeoutError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
 
 
 class EndpointLLM:
@@ -135,25 +144,18 @@ class EndpointLLM:
                 answer = await client.text_generation(
                     prompts[index], details=True, max_new_tokens=1, do_sample=False, top_n_tokens=most
                 )
-                details = _answered(answer).details
-                top = (
-                    {token.text: token.logprob for token in details.top_tokens[0]}
-                    if _has(details, "top_tokens")
-                    else {}
-                )
+                tokens = getattr(_answered(answer).details, "top_tokens", None)
+                likely, text = tokens[0] if tokens else [], "text"
             else:
                 chat = await self._chat(
                     client, prompts[index], max_tokens=1, temperature=0.0, logprobs=True, top_logprobs=most
                 )
-                found = chat.logprobs
-                top = (
-                    {token.token: token.logprob for token in found.content[0].top_logprobs}
-                    if _has(found, "content")
-                    else {}
-                )
-            if not top:
+                tokens = getattr(chat.logprobs, "content", None)
+                likely, text = tokens[0].top_logprobs if tokens else [], "token"
+            if not likely:
                 raise LLMError(f"{self._url} reports no log-probabilities of likely tokens, which a verdict needs")
-            masses = [sum(math.exp(top[form]) for form in dict.fromkeys(forms) if form in top) for forms in options]
+            shares = {token[text]: math.exp(token["logprob"]) for token in likely}
+            masses = [sum(shares.get(form, 0.0) for form in dict.fromkeys(forms)) for forms in options]
             return [mass / sum(masses) for mass in masses] if sum(masses) > 0 else None
 
         return self._all(one, len(prompts))
@@ -174,20 +176,20 @@ class EndpointLLM:
             answer = await client.text_generation(
                 texts[index], details=True, max_new_tokens=1, do_sample=False, decoder_input_details=True
             )
-            details = _answered(answer).details
-            if not _has(details, "prefill"):
+            tokens = getattr(_answered(answer).details, "prefill", None)
+            if not tokens:
                 raise LLMError(
                     f"{self._url} does not report the log-probabilities of its input (decoder_input_details): "
                     "set label.judge=verdict, or run the judge's model locally"
                 )
-            return [(token.id, token.logprob) for token in details.prefill]
+            return [(token["id"], token["logprob"]) for token in tokens]
 
         both = [prompt + text for prompt, text in zip(prompts, continuations, strict=True)]
         texts = list(dict.fromkeys([*prompts, *both]))
-        tokens = dict(zip(texts, self._all(one, len(texts)), strict=True))
+        prefills = dict(zip(texts, self._all(one, len(texts)), strict=True))
         scores = []
         for index, (prompt, text) in enumerate(zip(prompts, both, strict=True)):
-            whole, alone = tokens[text], tokens[prompt]
+            whole, alone = prefills[text], prefills[prompt]
             pairs = enumerate(zip(whole, alone, strict=False))
             start = next((i for i, (a, b) in pairs if a[0] != b[0]), min(len(whole), len(alone)))
             logprobs = [logprob for _, logprob in whole[start:]]
@@ -214,13 +216,17 @@ class EndpointLLM:
                     async with gate:
                         return await self._patiently(lambda: one(client, index))
 
-                return list(await asyncio.gather(*map(patiently, range(count))))
+                tasks = [asyncio.ensure_future(patiently(index)) for index in range(count)]
+                try:
+                    return list(await asyncio.gather(*tasks))
+                finally:  # once one has failed for good, the others are not worth their cost
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.gather(*tasks, return_exceptions=True)
 
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
+        if not _has_loop():
             return asyncio.run(every())
-        with ThreadPoolExecutor(1) as pool:  # a notebook has a loop of its own
+        with ThreadPoolExecutor(1) as pool:
             return pool.submit(asyncio.run, every()).result()
 
     async def _patiently(self, request: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
@@ -258,12 +264,21 @@ class EndpointLLM:
             text = f"{said} ({hint})" if hint else said
             if after is not None and after > _LONGEST_WAIT:
                 text += f" (asks to come back in {after:.0f} s)"
-        elif isinstance(error, (_NoAnswerError, _HTTPError)):
+        elif isinstance(error, (_NoAnswerError, _HTTPError, OSError)):
             text = str(error) or type(error).__name__
         else:
             text = f"not the JSON of its protocol ({type(error).__name__}: {error})"
         text = " ".join(text.split())
         return text.replace(self._token, "***") if self._token else text
+
+
+def _has_loop() -> bool:
+    """Whether this thread runs an event loop already, as a notebook's does."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _answered(answer: Any) -> Any:
@@ -274,10 +289,6 @@ def _answered(answer: Any) -> Any:
     return answer
 
 
-def _has(value: Any, name: str) -> bool:
-    return bool(value is not None and getattr(value, name, None))
-
-
 def _response(error: BaseException | None) -> Any:
     """The HTTP response behind an error; the hub's text generation errors have it in their cause."""
     response = getattr(error, "response", None)
@@ -285,7 +296,9 @@ def _response(error: BaseException | None) -> Any:
 
 
 def _worth_another_try(error: BaseException) -> bool:
-    if not isinstance(error, _EXPECTED) or (_retry_after(error) or 0) > _LONGEST_WAIT:
+    if not isinstance(error, _EXPECTED) or isinstance(error, errors.OfflineModeIsEnabled):
+        return False
+    if (_retry_after(error) or 0) > _LONGEST_WAIT:
         return False
     response = _response(error)
     return response is None or response.status_code in _TRY_AGAIN

@@ -18,10 +18,9 @@ from lce_trainer.artifacts import file_sha256
 from lce_trainer.config import LLMConfig
 from lce_trainer.errors import LLMError
 from lce_trainer.packaged import resolve_model
+from lce_trainer.precision import DTYPES, resolve_dtype
 
 logger = logging.getLogger(__name__)
-
-_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 def load_model(config: LLMConfig) -> tuple[Any, Any]:
@@ -36,7 +35,9 @@ def load_model(config: LLMConfig) -> tuple[Any, Any]:
     """
     name = resolve_model(config.model)
     device = (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
-    dtype = _dtype(config.dtype, device)
+    if config.dtype not in ("auto", *DTYPES):
+        raise LLMError(f"llm.dtype must be one of auto, {', '.join(DTYPES)}, not {config.dtype!r}")
+    dtype = resolve_dtype(config.dtype)
     try:
         path = str(_converted(Path(name).expanduser(), dtype)) if name.lower().endswith(".gguf") else name
         logger.info("loading %s in %s on %s", config.model, str(dtype).removeprefix("torch."), device)
@@ -63,21 +64,6 @@ def load_model(config: LLMConfig) -> tuple[Any, Any]:
         lambda _, args: (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
     )
     return model, tokenizer
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name in _DTYPES:
-        return _DTYPES[name]
-    if name != "auto":
-        raise LLMError(f"llm.dtype must be one of auto, {', '.join(_DTYPES)}, not {name!r}")
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        # oneDNN also says yes where it only emulates the products, which is slower than float32.
-        checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        if any(check() for check in checks if check):
-            return torch.bfloat16
-    return torch.float32
 
 
 def _converted(gguf: Path, dtype: torch.dtype) -> Path:

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
 
 def multiplies_bfloat16() -> bool:
     """Whether bfloat16 products are the hardware's own; emulated, they are slower than float32."""
@@ -18,5 +20,4 @@ def resolve_dtype(name: str) -> torch.dtype:
     """``"auto"`` is bfloat16 where the hardware multiplies it, else float32; other names are torch's own."""
     if name == "auto":
         return torch.bfloat16 if multiplies_bfloat16() else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    return DTYPES[name]

@@ -16,17 +16,18 @@ import numpy as np
 
 from lce_trainer.artifacts import MANIFEST
 from lce_trainer.cards import Evaluation, RunFacts, write_dataset_card, write_model_card
+from lce_trainer.config import LabelConfig
 from lce_trainer.corpus import build_passages
 from lce_trainer.errors import ConfigError
 from lce_trainer.evaluation import Query, compare, fuse, judgments, markdown, read_judged, read_queries, rerank, table
-from lce_trainer.fit import fit_reranker
+from lce_trainer.fit import check_training, fit_reranker
 from lce_trainer.hub import Published
 from lce_trainer.hub import publish as upload
 from lce_trainer.journal import Journal
 from lce_trainer.labeling import check_judge, label_candidates
 from lce_trainer.precision import resolve_dtype
 from lce_trainer.queries import generate_queries
-from lce_trainer.reranker import Reranker
+from lce_trainer.reranker import Reranker, load_tokenizer
 from lce_trainer.retrieval import BM25Index, candidates, embed
 from lce_trainer.run import Made, Run
 from lce_trainer.warmup import warm_start_groups
@@ -38,8 +39,28 @@ Runs = dict[str, dict[str, dict[str, float]]]
 
 # How a language model is reached and how fast does not shape its answers.
 _HOW_IT_RUNS = ("endpoint", "concurrency", "timeout", "retries", "batch_tokens")
-_JUDGE_PROMPT = {"likelihood": "likelihood", "verdict": "verdict"}
 _JUDGED_DEV_QUERIES = 40
+
+
+def check(run: Run) -> None:
+    """Say what is wrong with a recipe before hours go into the stages that come first.
+
+    Raises:
+        LCETrainerError: A file, prompt, model or setting that a later stage needs cannot be used.
+    """
+    recipe, judged = run.recipe, run.recipe.evaluate
+    run.prompt(recipe.generate.prompt)
+    run.prompt(_judge_prompt(recipe.label))
+    for queries in filter(None, (judged.queries, judged.dev_queries)):
+        read_queries(run.find(queries))
+    for path in filter(None, (judged.candidates, judged.qrels)):
+        if not run.find(path).is_file():
+            raise ConfigError(f"no file {path!r}, here or beside the recipe")
+    if judged.candidates is not None and judged.qrels is None:
+        raise ConfigError("evaluate.candidates needs evaluate.qrels, its judgments")
+    for encoder in filter(None, (recipe.train.warm_start.teacher, judged.bi_encoder)):
+        load_tokenizer(encoder)
+    check_training(run)
 
 
 def read_corpus(run: Run) -> None:
@@ -85,7 +106,7 @@ def mine(run: Run) -> None:
 def label(run: Run) -> None:
     """The LLM judges candidates into positives and hard negatives."""
     config = run.recipe.label
-    prompt = run.prompt(config.prompt or _JUDGE_PROMPT[config.judge])
+    prompt = run.prompt(_judge_prompt(config))
 
     def work() -> Made:
         with Journal(run.root / "groups" / "journal.jsonl") as journal:
@@ -125,6 +146,11 @@ def train(run: Run) -> None:
     fit_reranker(run, dev)
 
 
+def is_judged(run: Run) -> bool:
+    """Whether the recipe names human judgments to evaluate on."""
+    return run.recipe.evaluate.queries is not None or run.recipe.evaluate.candidates is not None
+
+
 def evaluate(run: Run) -> str:
     """Systems compared on human judgments.
 
@@ -135,7 +161,7 @@ def evaluate(run: Run) -> str:
         ConfigError: The recipe names no human judgments.
     """
     config = run.recipe.evaluate
-    if config.queries is None and config.candidates is None:
+    if not is_judged(run):
         raise ConfigError("nothing to evaluate on: set evaluate.queries, or evaluate.candidates and evaluate.qrels")
 
     def work() -> Made:
@@ -327,6 +353,10 @@ def _dev_groups(run: Run, top_k: int, limit: int | None) -> datasets.Dataset:
             ],
         }
     )
+
+
+def _judge_prompt(config: LabelConfig) -> str:
+    return config.prompt or config.judge
 
 
 def _llm_shape(run: Run) -> dict[str, Any]:

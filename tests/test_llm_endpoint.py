@@ -120,7 +120,7 @@ def openai(path: str, payload: dict) -> Any:
 
 @pytest.fixture(params=[tgi, openai], ids=["tgi", "openai"])
 def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # its client refuses this machine too
     server = Server(request.param)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
@@ -265,7 +265,15 @@ def test_a_silent_server_times_out(server):
     assert time.monotonic() - start < 5
 
 
-def test_a_server_that_is_not_there_is_an_error():
+@only_tgi
+def test_offline_mode_is_named_at_once(server, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(LLMError, match=r"did not answer: .*HF_HUB_OFFLINE"):
+        complete(connect(server), ["p"])
+
+
+def test_a_server_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     llm = EndpointLLM(LLMConfig(endpoint="http://127.0.0.1:9", retries=2, timeout=2.0))
     with pytest.raises(LLMError, match=r"after 2 tries: .+"):
         complete(llm, ["p"])

@@ -1,57 +1,20 @@
 """Whole runs of a tiny recipe: the real commands, a real language model, real training."""
 
 import json
-import os
-import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from command import Moment, command
-from conftest import write_recipe
 from sentence_transformers import CrossEncoder
+from tiny_recipe import ARTIFACTS, TOKEN, write_recipe
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lce_trainer import Reranker
 from lce_trainer.artifacts import read_manifest
-
-TOKEN = "hf_" + "S3cret" * 6
-ARTIFACTS = ("passages", "queries", "candidates", "groups", "warm_start", "warm_start_model", "model", "evaluation")
-
-
-class Finished(NamedTuple):
-    """A run that nothing interrupted."""
-
-    recipe: Path
-    root: Path
-    printed: str
-    log: str
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("finished")
-    recipe = write_recipe(folder)
-    done = subprocess.run(
-        [sys.executable, "-m", "lce_trainer.cli", "run", str(recipe)],
-        env={**os.environ, "HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return Finished(recipe, folder / "run", done.stdout, done.stderr)
-
-
-def begin_with(finished: Finished, root: Path, *artifacts: str) -> None:
-    """A run folder in which only these artifacts are made."""
-    for name in artifacts:
-        shutil.copytree(finished.root / name, root / name, ignore=shutil.ignore_patterns(".cache"))
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -137,15 +100,14 @@ def test_running_it_again_does_nothing_and_says_so(finished, tmp_path):
         ("train.learning_rate=1e-3", {"model", "evaluation"}),
         ("train.warm_start.learning_rate=1e-3", {"warm_start_model", "model", "evaluation"}),
         ("label.negatives=3", {"groups", "model", "evaluation"}),
-        ("mine.top_k=8", {"candidates", "groups", "model", "evaluation"}),
+        pytest.param("mine.top_k=8", {"candidates", "groups", "model", "evaluation"}, marks=pytest.mark.slow),
         ("generate.temperature=1.0", {"queries", "candidates", "groups", "model", "evaluation"}),
         ("llm.batch_tokens=512", set()),
-        ("seed=14", set(ARTIFACTS)),
+        pytest.param("seed=14", set(ARTIFACTS), marks=pytest.mark.slow),
     ],
 )
 def test_a_changed_setting_redoes_its_stage_and_what_follows_from_it(override, remade, finished, tmp_path):
-    root = tmp_path / "run"
-    begin_with(finished, root, *ARTIFACTS)
+    root = finished.copy(tmp_path / "run", *ARTIFACTS)
     before = {name: (root / name / "manifest.json").read_bytes() for name in ARTIFACTS}
     journals = {name: (root / name / "journal.jsonl").read_bytes() for name in ("queries", "groups")}
     status, printed = command("run", finished.recipe, f"run_dir={root}", override, log=tmp_path / "log")
@@ -214,8 +176,7 @@ TRAIN = [
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes_and_asks_nothing_twice(made, moments, finished, tmp_path):
-    root = tmp_path / "run"
-    begin_with(finished, root, *made)
+    root = finished.copy(tmp_path / "run", *made)
     arguments = ("run", finished.recipe, f"run_dir={root}")
     for moment in moments:
         status, printed = command(*arguments, log=tmp_path / "log", die=moment)
@@ -234,7 +195,7 @@ def test_a_run_killed_around_its_early_stop_stops_where_it_would_have(finished, 
     settings = ("train.warm_start.pairs=0", "train.early_stopping_patience=2")
     settings += (f"evaluate.dev_queries={tmp_path / 'lost.jsonl'}",)
     for name in ("whole", "killed"):
-        begin_with(finished, tmp_path / name, *ARTIFACTS[:4])
+        finished.copy(tmp_path / name, *ARTIFACTS[:4])
     arguments = ("train", finished.recipe, *settings)
     status, printed = command(*arguments, f"run_dir={tmp_path / 'whole'}", log=tmp_path / "log")
     assert status == 0, printed
@@ -245,3 +206,20 @@ def test_a_run_killed_around_its_early_stop_stops_where_it_would_have(finished, 
     status, printed = command(*arguments, f"run_dir={tmp_path / 'killed'}", log=tmp_path / "log")
     assert status == 0, printed
     assert_same_run(tmp_path / "killed", contents(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("override", "moment"),
+    [
+        ("corpus.max_words=9", Moment("open", "passages/bm25/vocab.index.json")),
+        ("train.learning_rate=1e-3", Moment("open", "run/model/training_args.json")),
+    ],
+)
+def test_what_was_killed_under_other_settings_does_not_pass_for_finished(override, moment, finished, tmp_path):
+    root = finished.copy(tmp_path / "run", *ARTIFACTS)
+    arguments = ("run", finished.recipe, f"run_dir={root}")
+    status, printed = command(*arguments, override, log=tmp_path / "log", die=moment)
+    assert status == -signal.SIGKILL, printed
+    status, printed = command(*arguments, log=tmp_path / "log")
+    assert status == 0, printed
+    assert_same_run(root, contents(finished.root))
