@@ -63,7 +63,8 @@ class EndpointLLM:
         Args:
             config: ``endpoint`` is the server's URL. ``model`` names the model; left at its default,
                 the server is asked.
-            token: Sent as bearer token; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+            token: Sent as bearer token; by default the one of ``hf auth login`` or ``HF_TOKEN``, and
+                that only over https: a server next door needs none, and must not be shown one.
 
         Raises:
             LLMError: The endpoint is not a plain URL.
@@ -77,7 +78,7 @@ class EndpointLLM:
             )
         self._protocol = "openai" if url.path.endswith(("/v1", "/v1/chat/completions")) else "tgi"
         self._config = config
-        self._token = token or get_token()
+        self._token = token or (get_token() if url.scheme == "https" else None)
 
     @cached_property
     def name(self) -> str:
@@ -210,7 +211,9 @@ class EndpointLLM:
 
         async def every() -> list[_T]:
             gate = asyncio.Semaphore(self._config.concurrency)
-            async with AsyncInferenceClient(self._url, token=self._token, timeout=self._config.timeout) as client:
+            # Given no token the client would send the saved one.
+            token = self._token or "none"
+            async with AsyncInferenceClient(self._url, token=token, timeout=self._config.timeout) as client:
 
                 async def patiently(index: int) -> _T:
                     async with gate:

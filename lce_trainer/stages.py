@@ -360,4 +360,6 @@ def _judge_prompt(config: LabelConfig) -> str:
 
 
 def _llm_shape(run: Run) -> dict[str, Any]:
-    return {f"llm_{key}": value for key, value in asdict(run.recipe.llm).items() if key not in _HOW_IT_RUNS}
+    shaping = {key: value for key, value in asdict(run.recipe.llm).items() if key not in _HOW_IT_RUNS}
+    # Its name and not its path on this machine: the groups are published with their manifest.
+    return {f"llm_{key}": value for key, value in {**shaping, "model": run.llm.name}.items()}

@@ -233,6 +233,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(recipe, capsys):
         assert str(inside) in message and "Not a directory" in message
 
 
+def test_processes_that_accelerate_did_not_start_are_missed(recipe, capsys, caplog, monkeypatch):
+    """As ``accelerate launch --cpu --num_processes 2`` leaves the environment where there is no mpirun."""
+    for name, value in {"MASTER_PORT": "29500", "ACCELERATE_MIXED_PRECISION": "no"}.items():
+        monkeypatch.setenv(name, value)
+    error_of(capsys, "mine", recipe)
+    assert "started one process only" in caplog.text and "ddp_cpu.yaml" in caplog.text
+
+
 def test_publishing_needs_the_names_of_the_repos(recipe, finished, capsys):
     root = finished.copy(recipe.parent / "run", "passages", "queries", "candidates", "groups", "model")
     assert "publish.model_id" in error_of(capsys, "publish", recipe, "--dry-run")

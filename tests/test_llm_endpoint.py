@@ -153,6 +153,14 @@ def test_answers_come_in_order_and_end_at_the_stop(server):
     assert [answer.strip() for answer in answers] == [f"about {prompt}" for prompt in prompts]
 
 
+def test_the_saved_token_is_not_sent_over_plain_http(server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_saved_by_the_user")
+    path = "/v1" if server.healthy is openai else ""
+    complete(EndpointLLM(LLMConfig(endpoint=server.url + path, timeout=5.0, model="org/mine")), ["p"])
+    assert server.requests
+    assert not [sent for _, _, sent in server.requests if "hf_saved" in (sent or "")]
+
+
 def test_sampling_settings_reach_the_server(server):
     llm = connect(server)
     complete(llm, ["p"], seeds=[2**40 + 5])

@@ -62,6 +62,10 @@ def test_the_token_is_written_nowhere(finished):
     assert TOKEN not in finished.log + finished.printed
 
 
+def test_what_is_published_beside_the_groups_names_no_path_of_this_machine(finished):
+    assert str(finished.recipe.parent) not in (finished.root / "groups" / "manifest.json").read_text()
+
+
 def test_every_loader_scores_the_model_alike(finished):
     folder = str(finished.root / "model")
     pairs = [("what is a fish", "the river falls on stone"), ("seed", "leaf root seed moon " * 20), ("why", "snow")]
@@ -211,7 +215,7 @@ def test_a_run_killed_around_its_early_stop_stops_where_it_would_have(finished, 
 @pytest.mark.parametrize(
     ("override", "moment"),
     [
-        ("corpus.max_words=9", Moment("open", "passages/bm25/vocab.index.json")),
+        ("corpus.max_documents=40", Moment("open", "passages/bm25/vocab.index.json")),
         ("train.learning_rate=1e-3", Moment("open", "run/model/training_args.json")),
     ],
 )
