@@ -132,9 +132,11 @@ def test_no_document_answers_both_a_dev_and_a_test_question(dev, test):
 def test_the_prompt_shows_no_answer_of_a_question(documents, dev, test):
     recipe = yaml.safe_load((RECIPE / "recipe.yaml").read_text(encoding="utf-8"))
     examples = [example for section in ("generate", "label") for example in recipe[section].get("examples", [])]
-    shown = {example["passage"].splitlines()[0] for example in examples}
-    if not shown:
-        pytest.skip("the recipe shows the language model no examples of its own")
-    assert shown <= {document["doc_id"] for document in documents}
+    # A passage is shown shortened, its white space folded, without the name of what it documents.
+    texts = {document["doc_id"]: " ".join(document["text"].split()) for document in documents}
+    shown = {
+        doc_id for example in examples for doc_id, text in texts.items() if " ".join(example["passage"].split()) in text
+    }
+    assert len(shown) >= len({example["passage"] for example in examples})
     assert not shown & (answers(dev) | answers(test))
     assert not {example["query"] for example in examples} & {question["query"] for question in dev + test}
