@@ -98,7 +98,7 @@ def build_passages(config: CorpusConfig, seed: int, base: Path) -> Passages:
     # A document may have been merged into one that was merged in its turn, or that was not drawn.
     merged = {doc_id: into if into in kept else merged.get(into, "") for doc_id, into in merged.items()}
     merged = {doc_id: into for doc_id, into in merged.items() if into in kept and doc_id not in kept}
-    logger.info("%s: %s", where, _said(counts))
+    logger.debug("%s: %s", where, _said(counts))
     if counts["words_too_long"]:
         logger.warning(
             "%s: %d words of over %d characters left out: encoded data, or a script that puts no spaces between words",
