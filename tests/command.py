@@ -46,7 +46,7 @@ def command(*arguments: str | Path, log: Path, die: Moment | None = None) -> tup
     """
     process = _FORKS.Process(target=_run, args=(list(map(str, arguments)), str(log), die))
     process.start()
-    process.join(timeout=120)
+    process.join(timeout=280)
     assert process.exitcode is not None, f"still running: {log.read_text()[-2000:]}"
     return process.exitcode, log.read_text(encoding="utf-8")
 
