@@ -30,6 +30,7 @@ class GroupCollator:
         max_query_length: Tokens of a query at most.
         seed: Of the draw, see :func:`lce_trainer.sampling.sample_group`.
         pad_to_multiple_of: Round padded lengths up, for hardware that likes 8.
+        curriculum_epochs: Of the draw too.
 
     Raises:
         TrainingError: The tokenizer is not a fast one, has no pad token, or no room is left for
@@ -42,6 +43,7 @@ class GroupCollator:
     max_query_length: int = 64
     seed: int = 42
     pad_to_multiple_of: int | None = None
+    curriculum_epochs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -91,7 +93,9 @@ class GroupCollator:
 
     def _draw(self, row: Mapping[str, Any]) -> dict[str, Any]:
         labels, epoch = row["labels"], row.get("epoch", 0)
-        target, negatives = sample_group(self.seed, epoch, row["query_id"], labels, self.group_size - 1)
+        target, negatives = sample_group(
+            self.seed, epoch, row["query_id"], labels, self.group_size - 1, self.curriculum_epochs
+        )
         drawn = [target, *negatives]
         scores = row.get("scores") or [None] * len(labels)
         return {

@@ -18,7 +18,12 @@ Item = tuple[int, int] | None  # (epoch, row), or None: a place that pads the la
 
 
 def sample_group(
-    seed: int, epoch: int, query_id: str, labels: Sequence[float], n_negatives: int
+    seed: int,
+    epoch: int,
+    query_id: str,
+    labels: Sequence[float],
+    n_negatives: int,
+    curriculum_epochs: int | None = None,
 ) -> tuple[int, list[int]]:
     """The positive of a query and the negatives it competes with in one epoch.
 
@@ -26,12 +31,19 @@ def sample_group(
     lower label; they are walked through in an order drawn for the query, and none comes again
     before each has come once. Then a new order is drawn.
 
+    With a curriculum, epoch e of E draws from the easiest (e + 1) / E of the competitors, which
+    are taken to stand with the hardest first, as retrievers and judges leave them; from epoch
+    E - 1 on from all. Those drawn least often so far come first, so what an epoch adds is what it
+    shows. Source: easy before hard helped rerankers in MacAvaney et al. 2020,
+    https://huggingface.co/papers/2004.14269, by weights; growing the pool is chosen by us.
+
     Args:
         seed: Of the run.
         epoch: From 0.
         query_id: Names the query; two queries with the same id draw alike.
         labels: Grade of each passage, above 0 for positives.
         n_negatives: Wanted; a group with fewer competitors gives all of them, none twice.
+        curriculum_epochs: E above; no curriculum if None or 1.
 
     Returns:
         Index of the positive, and indices of the negatives, among the labels.
@@ -50,6 +62,9 @@ def sample_group(
     pool = np.flatnonzero(grades < grade)
     if n_negatives >= len(pool):
         return int(target), pool.tolist()
+    if curriculum_epochs is not None and curriculum_epochs > 1:
+        visits = [at for at in range(epoch + 1) if grades[turns[at % len(turns)]] == grade]
+        return int(target), _easy_to_hard(pool, n_negatives, visits, curriculum_epochs, (seed, query_id, grade))
     # Positives of one grade share a pool: count how often it has been drawn from before.
     same = grades[turns] == grade
     visit = int(epoch // len(turns) * same.sum() + same[:turn].sum())
@@ -58,6 +73,21 @@ def sample_group(
     start = visit % visits_in_a_pass * n_negatives
     # The last visit of a pass is filled up from the pass's own start.
     return int(target), order[np.arange(start, start + n_negatives) % len(pool)].tolist()
+
+
+def _easy_to_hard(
+    pool: np.ndarray, n_negatives: int, visits: Sequence[int], curriculum_epochs: int, key: tuple[Any, ...]
+) -> list[int]:
+    """The last visit's draw; replays the earlier ones (epochs, ascending) to know what has been drawn how often."""
+    times = np.zeros(len(pool), dtype=int)
+    drawn: list[int] = []
+    for epoch in visits:
+        easiest = -(-len(pool) * (epoch + 1) // curriculum_epochs)
+        first = len(pool) - min(max(easiest, n_negatives), len(pool))
+        shuffled = first + _permutation(len(pool) - first, *key, "curriculum", epoch)
+        drawn = shuffled[np.argsort(times[shuffled], kind="stable")[:n_negatives]].tolist()
+        times[drawn] += 1
+    return [int(pool[i]) for i in drawn]
 
 
 def _permutation(n: int, *key: Any) -> np.ndarray:

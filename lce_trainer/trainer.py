@@ -101,6 +101,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             args.max_query_length,
             args.seed if args.data_seed is None else args.data_seed,
             args.pad_to_multiple_of,
+            args.curriculum_epochs,
         )
         super().__init__(
             model=model,

@@ -23,6 +23,13 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
     group_size: int = field(
         default=8, metadata={"help": "Passages a query shows in one step: one positive, the rest negatives."}
     )
+    curriculum_epochs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs in which the negatives go from the easiest to all: epoch e of them draws from the easiest "
+            "(e + 1) / curriculum_epochs of each group's, which must stand with the hardest first. null: from all."
+        },
+    )
     max_length: int = field(
         default=256, metadata={"help": "Tokens of a query and passage together at most; the passage is cut."}
     )
@@ -109,6 +116,7 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
 
     def _check(self) -> None:
         least = {"group_size": 2, "max_length": 8, "max_query_length": 1, "micro_batch_size": 1, "eval_batch_tokens": 1}
+        least["curriculum_epochs"] = 1
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < bound):

@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 
 import pytest
@@ -61,6 +62,68 @@ def test_the_draw_is_fixed_for_all_time():
         (0, [5, 7, 4]),
         (1, [8, 3, 6]),
         (0, [2, 9, 5]),
+    ]
+
+
+def curriculum(epoch, labels, wanted, epochs, seed=7, query_id="q"):
+    return sample_group(seed, epoch, query_id, labels, wanted, epochs)
+
+
+@pytest.mark.parametrize(
+    ("negatives", "wanted", "epochs"), [(21, 7, 3), (30, 7, 4), (9, 4, 3), (100, 3, 2), (15, 7, 9)]
+)
+def test_a_curriculum_draws_from_the_easiest_part_that_grows_by_epoch(negatives, wanted, epochs):
+    labels = [1.0] + [0.0] * negatives  # the hardest stands first, so easy ones have high indices
+    for epoch in range(epochs + 2):
+        part = min((epoch + 1) / epochs, 1)
+        size = max(math.ceil(negatives * part), wanted)
+        target, drawn = curriculum(epoch, labels, wanted, epochs)
+        assert target == 0 and len(set(drawn)) == wanted
+        assert min(drawn) > negatives - size
+    seen = [set(curriculum(epoch, labels, wanted, epochs)[1]) for epoch in range(-(-negatives // wanted) + epochs)]
+    assert set.union(*seen) == set(range(1, negatives + 1))
+
+
+@pytest.mark.parametrize(("negatives", "wanted", "epochs"), [(21, 7, 3), (30, 7, 4), (9, 4, 3), (11, 5, 20)])
+def test_under_a_curriculum_none_comes_again_before_all_of_its_pool_have_come(negatives, wanted, epochs):
+    labels = [1.0] + [0.0] * negatives
+    times = Counter()
+    for epoch in range(3 * epochs):
+        size = min(max(-(-negatives * (epoch + 1) // epochs), wanted), negatives)
+        pool = range(negatives - size + 1, negatives + 1)
+        drawn = curriculum(epoch, labels, wanted, epochs)[1]
+        left = [times[i] for i in pool if i not in drawn]
+        assert max(times[i] for i in drawn) <= min(left, default=negatives)
+        times.update(drawn)
+
+
+def test_a_curriculum_over_one_epoch_or_a_short_group_is_none():
+    labels = [1.0] + [0.0] * 20
+    assert [curriculum(epoch, labels, 7, 1) for epoch in range(5)] == [
+        sample_group(7, epoch, "q", labels, 7) for epoch in range(5)
+    ]
+    assert curriculum(0, labels, 20, 5) == (0, list(range(1, 21)))
+
+
+def test_a_curriculum_counts_the_visits_of_a_pool_and_not_those_of_others():
+    labels = [2.0, 1.0] + [0.0] * 12
+    seen = {0: [], 1: []}
+    for epoch in range(6):
+        target, drawn = curriculum(epoch, labels, 4, 3)
+        assert all(labels[i] < labels[target] for i in drawn)
+        seen[target].append(drawn)
+    # By their third visits the pools are whole; three visits of 4 show all of 12 below grade 1.
+    assert {i for drawn in seen[1] for i in drawn} == set(range(2, 14))
+    assert [len(visits) for visits in seen.values()] == [3, 3]
+
+
+def test_the_curriculum_is_fixed_for_all_time():
+    labels = [1.0] + [0.0] * 9
+    assert [curriculum(epoch, labels, 3, 3, 42, "medquad-7")[1] for epoch in range(4)] == [
+        [8, 9, 7],
+        [6, 5, 4],
+        [2, 1, 3],
+        [2, 9, 1],
     ]
 
 

@@ -196,10 +196,15 @@ def test_two_ranks_train_resume_and_evaluate_as_one(whole_batches, tmp_path):
             assert result["metrics"][name] == pytest.approx(value, abs=1e-5), name
 
 
-@pytest.mark.parametrize("at", [3, 4])
-def test_a_resumed_run_ends_bit_equal_with_dropout_on(at, tmp_path):
+@pytest.mark.parametrize(("at", "more"), [(3, {}), (4, {}), (3, {"curriculum_epochs": 3, "group_size": 2})])
+def test_a_resumed_run_ends_bit_equal_with_dropout_on(at, more, tmp_path):
     """In the middle of the second epoch, and at its end."""
-    run = {"num_train_epochs": 3, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "dropout": 0.1}
+    run = more | {
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "dropout": 0.1,
+    }
     run |= {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 1}
     whole = make_trainer(tmp_path / "run", make_groups(11), **run)
     whole.train()

@@ -42,6 +42,7 @@ def test_ranking_decides_which_checkpoint_is_best(tmp_path):
     [
         ({"group_size": 1}, "group_size must be a whole number from 2 up, not 1"),
         ({"micro_batch_size": 0}, "micro_batch_size must be"),
+        ({"curriculum_epochs": 0}, "curriculum_epochs must be a whole number from 1 up, not 0"),
         ({"max_length": "long"}, "max_length must be a whole number"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
