@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lce_trainer.errors import TrainingError
+from lce_trainer.pair_template import encode_by_template, pair_overhead, pair_template
 from lce_trainer.sampling import sample_group
 
 Batch = dict[str, Any]
@@ -50,11 +51,11 @@ class GroupCollator:
             raise TrainingError(f"{type(self.tokenizer).__name__} is not a fast tokenizer: load it with AutoTokenizer")
         if self.tokenizer.pad_token_id is None:
             raise TrainingError("the tokenizer has no pad token: set tokenizer.pad_token (its eos_token will do)")
-        special = self.tokenizer.num_special_tokens_to_add(pair=True)
-        if self.max_query_length + special >= self.max_length:
+        overhead = pair_overhead(self.tokenizer)
+        if self.max_query_length + overhead >= self.max_length:
             raise TrainingError(
-                f"max_query_length={self.max_query_length} and {special} special tokens leave no room for a passage "
-                f"in max_length={self.max_length}: lower the one or raise the other"
+                f"max_query_length={self.max_query_length} and {overhead} tokens around the texts leave no room for a "
+                f"passage in max_length={self.max_length}: lower the one or raise the other"
             )
 
     def __call__(self, rows: Sequence[Mapping[str, Any] | None]) -> Batch:
@@ -120,12 +121,16 @@ def encode_groups(
         tokenizer: A fast tokenizer.
         queries: One a group.
         passages: One list a group.
-        max_length: Tokens of a pair at most. The query and every separator stay; the passage is cut.
+        max_length: Tokens of a pair at most. The query, and every separator or the template, stay;
+            the passage is cut.
         max_query_length: Tokens of a query at most.
 
     Returns:
         One list of ids a pair for each of the tokenizer's inputs, and how many pairs were cut.
     """
+    if template := pair_template(tokenizer):
+        pairs = [(query, text) for query, texts in zip(queries, passages, strict=True) for text in texts]
+        return encode_by_template(tokenizer, template, pairs, max_length, max_query_length)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()

@@ -23,8 +23,9 @@ from lce_trainer.checkpoints import SealCheckpoints, final_state, newest_checkpo
 from lce_trainer.collator import GroupCollator
 from lce_trainer.errors import TrainingError
 from lce_trainer.groups import load_groups
+from lce_trainer.pair_template import settle_template
 from lce_trainer.precision import resolve_dtype
-from lce_trainer.reranker import load_model, load_tokenizer
+from lce_trainer.reranker import load_config, load_model, load_tokenizer
 from lce_trainer.run import Run, is_stale, processes
 from lce_trainer.trainer import LCETrainer
 from lce_trainer.training_args import LCETrainingArguments
@@ -76,6 +77,7 @@ def check_training(run: Run) -> None:
     """
     args = _arguments(run, run.recipe.train.arguments, run.root / "checkpoints")
     tokenizer = load_tokenizer(run.recipe.train.model)
+    settle_template(tokenizer, load_config(run.recipe.train.model))
     GroupCollator(tokenizer, args.group_size, args.max_length, args.max_query_length)
 
 

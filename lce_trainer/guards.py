@@ -22,7 +22,7 @@ from transformers import (
 
 from lce_trainer.errors import GroupsError, TrainingError
 from lce_trainer.groups import validate_groups
-from lce_trainer.reranker import longest_input
+from lce_trainer.reranker import longest_input, match_padding
 from lce_trainer.training_args import LCETrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -95,8 +95,7 @@ def check_model(model: Any, tokenizer: PreTrainedTokenizerBase, args: LCETrainin
     limit = longest_input(model)
     if args.max_length > limit:
         raise TrainingError(f"max_length is {args.max_length}, but the model reads {limit} tokens at most")
-    if model.config.pad_token_id is None:  # decoders find the last token of a padded row by it
-        model.config.pad_token_id = tokenizer.pad_token_id
+    match_padding(model, tokenizer)
 
 
 class Tally:

@@ -1,6 +1,6 @@
 """A trained reranker: load it, score pairs, rank passages."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -20,6 +21,7 @@ from transformers import (
 from lce_trainer.collator import pad_pairs
 from lce_trainer.errors import TrainingError
 from lce_trainer.packaged import resolve_model
+from lce_trainer.pair_template import encode_by_template, has_trained_head, is_decoder, pair_template, settle_template
 
 WINDOW = 16384  # pairs tokenized at once: bounds the memory that token ids take
 # sentence-transformers squashes the score of a one-label model unless its config says otherwise.
@@ -60,8 +62,8 @@ class Reranker:
         """Wrap a loaded model; see :meth:`from_pretrained`."""
         self.model = model.eval()
         self.tokenizer = tokenizer
-        if model.config.pad_token_id is None:  # decoders find the last token of a padded row by it
-            model.config.pad_token_id = tokenizer.pad_token_id
+        settle_template(tokenizer, model.config)
+        match_padding(model, tokenizer)
         limit = longest_input(model)
         self.max_length = max_length or min(tokenizer.model_max_length, limit)
         if self.max_length > limit:
@@ -143,18 +145,29 @@ def load_model(
         TrainingError: There is no such model, or its head has more than one label.
         ConfigError: The package of a ``package:`` name is missing.
     """
-    path = resolve_model(str(name))
+    config = load_config(name)
+    if has_trained_head(config) and config.num_labels != 1:
+        raise TrainingError(f"{name} classifies into {config.num_labels} labels; a reranker has one")
+    config.num_labels = 1
+    if dropout is not None:
+        for key, value in config.to_dict().items():
+            if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
+                setattr(config, key, dropout)
     try:
-        config = AutoConfig.from_pretrained(path)
-        trained = any("ForSequenceClassification" in kind for kind in config.architectures or [])
-        if trained and config.num_labels != 1:
-            raise TrainingError(f"{name} classifies into {config.num_labels} labels; a reranker has one")
-        config.num_labels = 1
-        if dropout is not None:
-            for key, value in config.to_dict().items():
-                if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
-                    setattr(config, key, dropout)
-        return AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=dtype)
+        return AutoModelForSequenceClassification.from_pretrained(resolve_model(str(name)), config=config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"no model at {str(name)!r}: {' '.join(str(error).split())}") from None
+
+
+def load_config(name: str | Path) -> PreTrainedConfig:
+    """The config of a model.
+
+    Raises:
+        TrainingError: There is no such model.
+        ConfigError: The package of a ``package:`` name is missing.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve_model(str(name)))
     except (OSError, ValueError) as error:
         raise TrainingError(f"no model at {str(name)!r}: {' '.join(str(error).split())}") from None
 
@@ -174,6 +187,13 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def match_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell the model which token pads: a decoder's head reads the last one that does not."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None or is_decoder(model.config):
+        config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+
+
 def longest_input(model: PreTrainedModel) -> int:
     """Tokens the model has positions for."""
     config: Any = model.config
@@ -187,7 +207,8 @@ def scoring_batches(
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
     """Pairs alike in length, padded together, the longest of each window first.
 
-    Pairs are cut as every other loader of the checkpoint cuts them: from the longer side first.
+    Pairs are cut as every other loader of the checkpoint cuts them, from the longer side first: a
+    query is whole as long as it takes less than half of the room, and is encoded as in training.
 
     Args:
         tokenizer: Of the model.
@@ -200,15 +221,25 @@ def scoring_batches(
     """
     for start in range(0, len(pairs), WINDOW):
         window = pairs[start : start + WINDOW]
-        encoded = tokenizer(
-            [query for query, _ in window],
-            [passage for _, passage in window],
-            truncation="longest_first",
-            max_length=max_length,
-        )
+        encoded = _encode_pairs(tokenizer, window, max_length)
         lengths = np.array([len(ids) for ids in encoded["input_ids"]])
         order = np.argsort(-lengths, kind="stable")
         while len(order):
             rows, order = np.split(order, [max(1, batch_tokens // lengths[order[0]])])
             batch = pad_pairs(tokenizer, {name: [values[i] for i in rows] for name, values in encoded.items()})
             yield start + rows, batch
+
+
+def _encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int
+) -> Mapping[str, list[list[int]]]:
+    """Token ids of each pair, for each of the tokenizer's inputs."""
+    if template := pair_template(tokenizer):
+        return encode_by_template(tokenizer, template, pairs, max_length)[0]
+    encoded: Mapping[str, list[list[int]]] = tokenizer(
+        [query for query, _ in pairs],
+        [passage for _, passage in pairs],
+        truncation="longest_first",
+        max_length=max_length,
+    )
+    return encoded

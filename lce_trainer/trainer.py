@@ -29,6 +29,7 @@ from lce_trainer.guards import (
 )
 from lce_trainer.loss import distillation_loss, lce_loss
 from lce_trainer.metrics import ranking_metrics
+from lce_trainer.pair_template import settle_template
 from lce_trainer.reranker import RAW_SCORES, load_model, load_tokenizer, scoring_batches
 from lce_trainer.sampling import EpochGroups, GroupSampler
 from lce_trainer.training_args import LCETrainingArguments
@@ -89,6 +90,8 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             processing_class = data_collator.tokenizer
         if processing_class is None:
             raise TrainingError("pass the tokenizer as processing_class, or the model by its name")
+        if isinstance(model, PreTrainedModel):
+            settle_template(processing_class, model.config)
         self.counts: dict[str, int] = {}
         if train_dataset is not None:
             train_dataset, self.counts = usable_groups(train_dataset, args)
@@ -348,6 +351,8 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         folder = Path(output_dir or self.args.output_dir)
         self.accelerator.unwrap_model(self.model).config.sentence_transformers = dict(RAW_SCORES)
         self.processing_class.model_max_length = self.args.max_length
+        # Left of a pair, padding would shift the positions that some decoders count; the attribute is not saved.
+        self.processing_class.padding_side = self.processing_class.init_kwargs["padding_side"] = "right"
         if (backend := getattr(self.processing_class, "backend_tokenizer", None)) is not None:
             # How the last batch was cut and padded would be saved with it, and bind who reads that file alone.
             backend.no_truncation()

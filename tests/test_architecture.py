@@ -26,7 +26,7 @@ MAKING = {
 }
 MAKING |= {"labeling", "shortcut"}
 LEARNING = {"loss", "sampling", "collator", "training_args", "guards", "trainer", "checkpoints", "reranker"}
-LEARNING |= {"metrics", "evaluation"}
+LEARNING |= {"metrics", "evaluation", "pair_template"}
 SHARING = {"cards", "hub"}
 TOP = {"run", "fit", "stages", "cli", "__init__"}
 

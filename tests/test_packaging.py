@@ -22,7 +22,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_templates_prompts_and_typing(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for name in ("model_card_template.md", "dataset_card_template.md", "py.typed", "prompts/query.jinja"):
+    for name in (
+        "model_card_template.md",
+        "dataset_card_template.md",
+        "py.typed",
+        "prompts/query.jinja",
+        "pair_template.jinja",
+    ):
         assert f"lce_trainer/{name}" in names
     assert f"lce_trainer/prompts/{'verdict'}.jinja" in names
     assert not [name for name in names if name.startswith(("tests/", "recipes/", "benchmarks/"))]
