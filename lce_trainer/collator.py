@@ -18,6 +18,8 @@ from lce_trainer.sampling import sample_group
 Batch = dict[str, Any]
 Encoded = dict[str, list[list[int]]]
 
+_OF_GROUPS = ("mask", "labels", "teacher", "target", "group_sizes", "query_ids")  # the rest of a batch is of pairs
+
 
 @dataclass
 class GroupCollator:
@@ -176,17 +178,38 @@ def pad_pairs(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, multiple: in
 
 
 def select_groups(batch: Batch, groups: Sequence[int]) -> Batch:
-    """Part of a batch: the named groups with their pairs, in the order named."""
+    """Part of a batch: the named groups with their pairs, in the order named; no pair counts as cut."""
     starts = np.concatenate([[0], np.cumsum(batch["group_sizes"])])
-    pairs = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
-    part: Batch = {"cut_pairs": 0}
+    part = _select_pairs(batch, np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups]))
+    for name in _OF_GROUPS:
+        value = batch[name]
+        chosen = torch.as_tensor(np.asarray(groups), device=value.device) if isinstance(value, Tensor) else None
+        part[name] = value[chosen] if chosen is not None else [value[i] for i in groups]
+    return {**part, "cut_pairs": 0}
+
+
+def select_pairs(batch: Batch, pairs: np.ndarray) -> Batch:
+    """A batch with some of its pairs, and all else as it was.
+
+    Args:
+        batch: Of :class:`GroupCollator`.
+        pairs: Their places in the batch, shape ``(chosen,)``. If there is none, the first pair is taken all the
+            same, as something to run.
+
+    Returns:
+        The batch, and ``places``: the given ones, as a tensor.
+    """
+    places = torch.as_tensor(pairs, dtype=torch.long, device=batch["input_ids"].device)
+    return {**_select_pairs(batch, pairs if len(pairs) else np.zeros(1, dtype=int)), "places": places}
+
+
+def _select_pairs(batch: Batch, pairs: np.ndarray) -> Batch:
+    part = dict(batch)
     for name, value in batch.items():
-        if isinstance(value, Tensor):
-            chosen = groups if name in ("mask", "labels", "teacher", "target") else pairs
-            part[name] = value[torch.as_tensor(np.asarray(chosen), device=value.device)]
-        elif isinstance(value, list):
-            chosen = pairs if name == "lengths" else groups
-            part[name] = [value[i] for i in chosen]
+        if name == "lengths":
+            part[name] = [value[i] for i in pairs]
+        elif isinstance(value, Tensor) and name not in _OF_GROUPS:
+            part[name] = value[torch.as_tensor(pairs, device=value.device)]
     return part
 
 

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
-from lce_trainer.collator import Batch, GroupCollator, length_buckets, micro_batches, select_groups
+from lce_trainer.collator import Batch, GroupCollator, length_buckets
 from lce_trainer.errors import TrainingError
 from lce_trainer.guards import (
     EvalDataset,
@@ -32,6 +33,7 @@ from lce_trainer.metrics import ranking_metrics
 from lce_trainer.pair_template import settle_template
 from lce_trainer.reranker import RAW_SCORES, load_model, load_tokenizer, scoring_batches
 from lce_trainer.sampling import EpochGroups, GroupSampler
+from lce_trainer.score_cache import cache_gradients, cut_step, replayed
 from lce_trainer.training_args import LCETrainingArguments
 
 
@@ -170,20 +172,30 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         return total
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Forward and backward, in micro-batches of whole groups if ``micro_batch_size`` asks for them."""
+        """Forward and backward, cut as ``micro_batch_size`` asks for; see :mod:`lce_trainer.score_cache`."""
         self.tally.start()
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        *first, last = [inputs]
-        if self.args.micro_batch_size is not None and inputs["group_sizes"]:
-            cut = micro_batches(inputs["group_sizes"], inputs["lengths"], self.args.micro_batch_size)
-            *first, last = [select_groups(inputs, groups) for groups in cut]
+        model.train()
         loss = torch.zeros((), device=self.args.device)
-        for part in first:
-            # Only the last backward may reduce over ranks: they need not have equally many parts.
-            with self.accelerator.no_sync(model):
-                loss += super().training_step(model, part, num_items_in_batch)
-        loss += super().training_step(model, last, num_items_in_batch)
+        chunks: list[Batch] = []
+        for part in cut_step(self._prepare_inputs(inputs), self.args.micro_batch_size):
+            if len(part) > 1:
+                with self.compute_loss_context_manager():
+                    part, cached = cache_gradients(
+                        part,
+                        lambda chunk: self._scores(model, chunk),
+                        lambda scores, whole: self._loss(scores, whole, num_items_in_batch)[0],
+                    )
+                loss += cached
+            chunks += part
+        for chunk in chunks:
+            # Only the last backward may reduce over ranks: they need not have equally many chunks.
+            waits = nullcontext() if chunk is chunks[-1] else self.accelerator.no_sync(model)
+            with waits, replayed(chunk):
+                value = super().training_step(model, chunk, num_items_in_batch)
+            if "score_gradient" not in chunk:
+                loss += value
         return loss
 
     def compute_loss(
@@ -197,7 +209,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
         Args:
             model: As wrapped for training.
-            inputs: What :class:`GroupCollator` made.
+            inputs: What :class:`GroupCollator` made, or a chunk of it.
             return_outputs: Also return the scores, shape ``(groups, width)``.
             num_items_in_batch: Groups of the step; those of this batch on all ranks if None.
 
@@ -207,10 +219,20 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         scores = self._scores(model, inputs)
-        mask, target = inputs["mask"], inputs["target"]
-        if not len(target):  # a batch that only keeps this rank in step with the others
+        if "score_gradient" in inputs:  # the loss is known, and this is what it leaves to do
+            surrogate: Tensor = (scores * inputs["score_gradient"]).sum()
+            return surrogate
+        if not inputs["group_sizes"]:  # a batch that only keeps this rank in step with the others
             loss = scores.sum() * 0
             return (loss, scores) if return_outputs else loss
+        loss, grid = self._loss(scores, inputs, num_items_in_batch)
+        return (loss, grid) if return_outputs else loss
+
+    def _loss(self, scores: Tensor, inputs: Batch, num_items_in_batch: Tensor | int) -> tuple[Tensor, Tensor]:
+        """What the pairs' scores cost, and the scores by group, shape ``(groups, width)``."""
+        mask, target = inputs["mask"], inputs["target"]
+        if "places" in inputs:
+            scores = scores.new_zeros(len(scores)).index_copy(0, inputs["places"], scores)
         grid = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask, scores)
         losses = self._group_losses(grid, inputs)
         self._check_finite(losses.detach(), inputs["query_ids"])
@@ -218,8 +240,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             guessing = self._group_losses(torch.zeros_like(grid), inputs)
             self.tally.add_groups(grid.detach(), mask, target, losses.detach(), guessing)
         # Ranks average their gradients, so a sum over ranks is wanted back.
-        loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
-        return (loss, grid) if return_outputs else loss
+        return losses.sum() * (self.accelerator.num_processes / num_items_in_batch), grid
 
     def _group_losses(self, grid: Tensor, inputs: Batch) -> Tensor:
         """Loss of each group, shape ``(groups,)``."""

@@ -98,6 +98,12 @@ WAYS = {
     "accumulated batches of one": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
     "accumulated batches of three": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     "micro-batches of 5 pairs": {"micro_batch_size": 5},
+    "groups of 4 through the score cache, 3 pairs at once": {"micro_batch_size": 3},
+    "the score cache, one pair at once": {
+        "micro_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 4,
+    },
     "one padded forward pass": {"bucket_overhead": 10**9},
     "never a padding token": {"bucket_overhead": 0},
     "padded to a multiple of 8": {"pad_to_multiple_of": 8},
@@ -163,14 +169,16 @@ trainer.train()
 metrics = trainer.evaluate()
 micro = make_trainer(out / "micro", make_groups(11), micro_batch_size=5, **run)
 micro.train()
+cached = make_trainer(out / "cached", make_groups(11), micro_batch_size=3, **run)
+cached.train()
 resumed = make_trainer(out / "long", make_groups(11), num_train_epochs=3, save_strategy="steps", save_steps=3, **run)
 resumed.train()
 straight = weights(resumed)
 again = make_trainer(out / "long", make_groups(11), num_train_epochs=3, **run)
 again.train(resume_from_checkpoint=str(out / "long" / "checkpoint-3"))
 if trainer.is_world_process_zero():
-    torch.save(dict(ranks=weights(trainer), micro=weights(micro), straight=straight, resumed=weights(again),
-                    metrics=metrics, ranks_used=trainer.args.world_size), out / "result.pt")
+    torch.save(dict(ranks=weights(trainer), micro=weights(micro), cached=weights(cached), straight=straight,
+                    resumed=weights(again), metrics=metrics, ranks_used=trainer.args.world_size), out / "result.pt")
 trainer.end()
 """
 
@@ -187,6 +195,7 @@ def test_two_ranks_train_resume_and_evaluate_as_one(whole_batches, tmp_path):
     assert result["ranks_used"] == 2
     assert_same(result["ranks"], whole_batches, 1e-6)
     assert_same(result["micro"], whole_batches, 1e-6)
+    assert_same(result["cached"], whole_batches, 1e-6)
     # Step 3 lies inside the second epoch: the resumed order must be that epoch's.
     assert_same(result["resumed"], result["straight"], 0)
     alone = make_trainer(tmp_path / "alone", None, eval_dataset=make_groups(5, seed=9))
