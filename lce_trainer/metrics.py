@@ -10,9 +10,12 @@ from typing import Any
 
 import datasets
 import evaluate
+import numpy as np
 import pytrec_eval
+import torch
 
 from lce_trainer.errors import EvaluationError
+from lce_trainer.loss import lce_loss
 
 Run = Mapping[str, Mapping[str, float]]
 Qrels = Mapping[str, Mapping[str, int]]
@@ -55,6 +58,29 @@ def ranking_metrics(run: Run, qrels: Qrels, relevant_from: int = 1) -> dict[str,
         measure: {query_id: float(found[query_id][name]) if query_id in found else 0.0 for query_id in judged}
         for measure, name in MEASURES.items()
     }
+
+
+def group_metrics(scores: list[np.ndarray], labels: list[np.ndarray], temperature: float) -> dict[str, float]:
+    """Means over groups of the ranking measures, and of the LCE of each group's first best positive as ``loss``.
+
+    Args:
+        scores: Logits of each group's passages.
+        labels: Their grades; above 0 is positive.
+        temperature: Divides the scores in the loss.
+    """
+    run = {str(q): {str(i): float(s) for i, s in enumerate(row)} for q, row in enumerate(scores)}
+    # trec_eval wants whole grades: 0.5 is a positive too.
+    qrels = {str(q): {str(i): int(np.ceil(label)) for i, label in enumerate(row)} for q, row in enumerate(labels)}
+    metrics = {name: float(np.mean(list(values.values()))) for name, values in ranking_metrics(run, qrels).items()}
+    losses = []
+    for row, grades in zip(scores, labels, strict=True):
+        best = int(grades.argmax())
+        competing = grades < grades[best]
+        competing[best] = True
+        if grades[best] > 0 and competing.sum() > 1:
+            grid, mask = torch.from_numpy(row)[None], torch.from_numpy(competing)[None]
+            losses.append(float(lce_loss(grid, torch.tensor([best]), mask, temperature)))
+    return {**metrics, "loss": float(np.mean(losses))} if losses else metrics
 
 
 def _grades(query_id: str, grades: Mapping[str, int]) -> dict[str, int]:

@@ -29,7 +29,7 @@ from lce_trainer.guards import (
     usable_groups,
 )
 from lce_trainer.loss import distillation_loss, lce_loss
-from lce_trainer.metrics import ranking_metrics
+from lce_trainer.metrics import group_metrics
 from lce_trainer.pair_template import settle_template
 from lce_trainer.reranker import RAW_SCORES, load_model, load_tokenizer, scoring_batches
 from lce_trainer.sampling import EpochGroups, GroupSampler
@@ -331,7 +331,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         ]
         flat = self._score_pairs(self._eval_model(), pairs, description)
         scores = np.split(flat, np.cumsum([len(row) for row in labels])[:-1])
-        metrics = _measure(scores, labels, self.args.temperature)
+        metrics = group_metrics(scores, labels, self.args.temperature)
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
         self.tally.pause(time.perf_counter() - started)
@@ -383,20 +383,3 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             (folder / "training_args.bin").unlink(missing_ok=True)
             settings = json.dumps(self.args.to_public_dict(), indent=2, sort_keys=True, default=str)
             (folder / "training_args.json").write_text(settings + "\n", encoding="utf-8")
-
-
-def _measure(scores: list[np.ndarray], labels: list[np.ndarray], temperature: float) -> dict[str, float]:
-    """Means over groups of the ranking measures and of the LCE of each group's first best positive."""
-    run = {str(q): {str(i): float(s) for i, s in enumerate(row)} for q, row in enumerate(scores)}
-    # trec_eval wants whole grades: 0.5 is a positive too.
-    qrels = {str(q): {str(i): int(np.ceil(label)) for i, label in enumerate(row)} for q, row in enumerate(labels)}
-    metrics = {name: float(np.mean(list(values.values()))) for name, values in ranking_metrics(run, qrels).items()}
-    losses = []
-    for row, grades in zip(scores, labels, strict=True):
-        best = int(grades.argmax())
-        competing = grades < grades[best]
-        competing[best] = True
-        if grades[best] > 0 and competing.sum() > 1:
-            grid, mask = torch.from_numpy(row)[None], torch.from_numpy(competing)[None]
-            losses.append(float(lce_loss(grid, torch.tensor([best]), mask, temperature)))
-    return {**metrics, "loss": float(np.mean(losses))} if losses else metrics

@@ -50,8 +50,9 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
     micro_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Pairs that go through the model and back at once, in whole groups; saves memory, and the "
-            "gradient stays that of the whole batch. null: the whole batch."
+            "help": "Pairs that go through the model and back at once: saves memory, and the gradient stays that of "
+            "the whole batch. A group with more pairs goes through twice, by a score gradient cache. null: the "
+            "whole batch."
         },
     )
     bucket_overhead: int | None = field(
