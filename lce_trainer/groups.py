@@ -13,9 +13,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Features, List, Value
+from datasets import Features, LargeList, List, Value
+from datasets.fingerprint import update_fingerprint
 
-from lce_trainer.artifacts import MANIFEST, load_table
 from lce_trainer.errors import GroupsError
 
 logger = logging.getLogger(__name__)
@@ -34,22 +34,58 @@ _REQUIRED = ("query", "passages", "labels")
 
 
 def load_groups(source: str, split: str = "train") -> datasets.Dataset:
-    """Groups from an artifact's folder, a parquet file, or a Hub dataset id.
+    """Groups from an artifact's folder, a file, a folder or a Hub dataset id.
+
+    What is not in the grouped columns is turned into groups, see :func:`lce_trainer.conversion.to_groups`.
 
     Raises:
-        GroupsError: There is nothing of that name, or it does not hold groups.
+        GroupsError: There is nothing of that name, or it cannot be read as groups.
     """
-    path = Path(source)
-    try:
-        if (path / MANIFEST).is_file():
-            table = load_table(path, "groups", split)
-        elif path.is_file():
-            table = datasets.Dataset.from_parquet(source)
-        else:
-            table = datasets.load_dataset(source, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise GroupsError(f"no groups at {source!r}: {' '.join(str(error).split())}") from None
-    return table
+    # Conversion needs the schema above.
+    from lce_trainer.conversion import read_rows, to_groups
+    from lce_trainer.trec import beir_files
+
+    if beir_files(Path(source), split):
+        return to_groups(source, split=split)[0]
+    table = read_rows(source, split)
+    return table if is_grouped(table) else to_groups(table)[0]
+
+
+def is_grouped(table: datasets.Dataset) -> bool:
+    """Whether a table has the columns of groups and needs no conversion; its rows are not looked at."""
+    lists = [table.features.get(name) for name in ("passages", "labels")]
+    return "query" in table.column_names and all(isinstance(feature, (List, LargeList)) for feature in lists)
+
+
+def check_groups(groups: datasets.Dataset, name: str = "") -> datasets.Dataset:
+    """Check columns, types and rows, and nothing else: every row stays, in its order.
+
+    Args:
+        groups: Rows with at least ``query``, ``passages`` and ``labels``.
+        name: Of the dataset, for the messages.
+
+    Returns:
+        The rows with exactly the columns of ``GROUPS_FEATURES``: ids are made up and scores are
+        null where there are none. Memory-mapped columns stay so.
+
+    Raises:
+        GroupsError: A column is missing or of another type, or a row holds a null, a label that is
+            no number, or lists of different lengths; names the row.
+    """
+    where = f"{name}: " if name else ""
+    missing = [column for column in _REQUIRED if column not in groups.column_names]
+    if missing:
+        raise GroupsError(
+            f"{where}groups need the columns {', '.join(_REQUIRED)}; missing: {', '.join(missing)}; there are: "
+            f"{', '.join(groups.column_names)}. lce_trainer.to_groups turns other layouts into groups"
+        )
+    table = _with_every_column(groups, where)
+    _check_rows(table, where)
+    return datasets.Dataset(
+        table,
+        info=datasets.DatasetInfo(features=GROUPS_FEATURES),
+        fingerprint=update_fingerprint(groups._fingerprint, "check_groups", {}),  # or it would hash every byte
+    )
 
 
 def validate_groups(groups: datasets.Dataset) -> tuple[datasets.Dataset, dict[str, int]]:
@@ -64,16 +100,10 @@ def validate_groups(groups: datasets.Dataset) -> tuple[datasets.Dataset, dict[st
         kept, and dropped for having no positive or no negative.
 
     Raises:
-        GroupsError: A column is missing, or a row's lists differ in length or hold nulls.
+        GroupsError: As :func:`check_groups`.
     """
-    missing = [name for name in _REQUIRED if name not in groups.column_names]
-    if missing:
-        raise GroupsError(
-            f"groups need the columns {', '.join(_REQUIRED)}; missing: {', '.join(missing)}; "
-            f"there are: {', '.join(groups.column_names)}"
-        )
-    table = _with_every_column(groups)
-    _check_rows(table)
+    checked = check_groups(groups)
+    table = checked.data.table
     labels = table["labels"].combine_chunks()
     positive = np.asarray(pc.greater(labels.flatten(), 0))
     lengths = pc.list_value_length(labels).to_numpy(zero_copy_only=False)
@@ -98,14 +128,20 @@ def validate_groups(groups: datasets.Dataset) -> tuple[datasets.Dataset, dict[st
     # A stable sort by (row, is negative) keeps the order inside positives and inside negatives.
     order = np.lexsort((~positive, row))
     if not np.array_equal(order, np.arange(len(order))):
-        table = _reorder(table, order)
-    kept = datasets.Dataset(table.filter(pa.array(usable))) if dropped else datasets.Dataset(table)
-    return kept.cast(GROUPS_FEATURES), counts
+        checked = datasets.Dataset(_reorder(table, order), info=checked.info, fingerprint=checked._fingerprint + "-")
+    return checked.select(np.flatnonzero(usable)) if dropped else checked, counts
 
 
-def _with_every_column(groups: datasets.Dataset) -> pa.Table:
+def arrow_table(table: datasets.Dataset) -> pa.Table:
+    """The rows of a dataset, a selection or transform of it applied."""
+    if table.format["type"] == "custom":  # set_transform
+        table = datasets.Dataset.from_dict(table[:])
+    return table.flatten_indices().data.table if table._indices is not None else table.data.table
+
+
+def _with_every_column(groups: datasets.Dataset, where: str) -> pa.Table:
     """Columns in schema order and types; ids are made up and scores are null where there are none."""
-    table = groups.flatten_indices().data.table if groups._indices is not None else groups.data.table
+    table = arrow_table(groups)
     schema = GROUPS_FEATURES.arrow_schema
     columns: dict[str, pa.ChunkedArray | pa.Array] = {}
     for name in (*_REQUIRED, *schema.names):
@@ -114,33 +150,45 @@ def _with_every_column(groups: datasets.Dataset) -> pa.Table:
                 columns[name] = table[name].cast(schema.field(name).type)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 raise GroupsError(
-                    f"column {name!r} must be {schema.field(name).type}, not {table[name].type}"
+                    f"{where}column {name!r} must be {schema.field(name).type}, not {table[name].type}"
                 ) from None
     rows = range(table.num_rows)
-    lengths = pc.list_value_length(columns["passages"]).to_pylist()
-    columns.setdefault("query_id", pa.array([f"q{i}" for i in rows], pa.string()))
-    ids = ([f"q{i}-{j}" for j in range(n or 0)] for i, n in zip(rows, lengths, strict=True))
-    columns.setdefault("passage_ids", pa.array(ids, schema.field("passage_ids").type))
+    if "query_id" not in columns:
+        columns["query_id"] = pa.array([f"q{i}" for i in rows], pa.string())
+    if "passage_ids" not in columns:
+        lengths = pc.list_value_length(columns["passages"]).to_pylist()
+        ids = ([f"q{i}-{j}" for j in range(n or 0)] for i, n in zip(rows, lengths, strict=True))
+        columns["passage_ids"] = pa.array(ids, schema.field("passage_ids").type)
     columns.setdefault("scores", pa.nulls(table.num_rows, schema.field("scores").type))
     return pa.table({name: columns[name] for name in schema.names})
 
 
-def _check_rows(table: pa.Table) -> None:
+def _check_rows(table: pa.Table, where: str) -> None:
     lengths = pc.list_value_length(table["passages"])
     for name in ("query_id", "query", "passage_ids", "passages", "labels"):
         column = table[name]
         if column.null_count:
-            raise GroupsError(f"row {pc.index(pc.is_null(column), True).as_py()}: {name} is null")
-        if name in ("passage_ids", "passages", "labels") and pc.list_flatten(column).null_count:
-            bad = next(i for i, items in enumerate(column.to_pylist()) if None in items)
-            raise GroupsError(f"row {bad}: {name} holds a null")
+            raise GroupsError(f"{where}row {pc.index(pc.is_null(column), True).as_py()}: {name} is null")
+        if name in ("passage_ids", "passages", "labels"):
+            items = pc.list_flatten(column)
+            if items.null_count:
+                raise GroupsError(f"{where}row {_row_of(column, pc.is_null(items))}: {name} holds a null")
+            if name == "labels" and not pc.all(pc.is_finite(items), min_count=0).as_py():
+                bad = _row_of(column, pc.invert(pc.is_finite(items)))
+                raise GroupsError(f"{where}row {bad}: a label is not a finite number")
     for name in ("passage_ids", "labels", "scores"):
         # A null list of scores means the group was never judged: nothing to compare.
         same = pc.fill_null(pc.equal(pc.list_value_length(table[name]), lengths), True)
-        if not pc.all(same).as_py():
+        if not pc.all(same, min_count=0).as_py():
             bad = pc.index(same, False).as_py()
             have, want = len(table[name][bad].as_py()), lengths[bad].as_py()
-            raise GroupsError(f"row {bad}: {have} {name} for {want} passages")
+            raise GroupsError(f"{where}row {bad}: {have} {name} for {want} passages")
+
+
+def _row_of(column: pa.ChunkedArray, bad: pa.ChunkedArray) -> int:
+    """The row that the first bad item of a list column lies in."""
+    ends = np.cumsum(pc.list_value_length(column).to_numpy())
+    return int(np.searchsorted(ends, pc.index(bad, True).as_py(), side="right"))
 
 
 def _reorder(table: pa.Table, order: np.ndarray) -> pa.Table:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lce_trainer.errors import GroupsError, TrainingError
-from lce_trainer.groups import validate_groups
+from lce_trainer.groups import check_groups, validate_groups
 from lce_trainer.reranker import longest_input, match_padding
 from lce_trainer.training_args import LCETrainingArguments
 
@@ -48,7 +48,7 @@ def usable_groups(groups: Any, args: LCETrainingArguments) -> tuple[datasets.Dat
             f"none of {counts['groups_read']} groups is usable: {counts['groups_without_positive']} have no positive "
             f"and {counts['groups_without_negative']} no negative"
         )
-    if args.distillation_weight and usable.data.column("scores").null_count == len(usable):
+    if args.distillation_weight and all(scores is None for scores in usable["scores"]):
         raise TrainingError("distillation_weight is above 0, but no group has scores to learn from")
     return usable, counts
 
@@ -64,16 +64,17 @@ def check_eval(groups: Any, name: str, train: datasets.Dataset | None) -> None:
     """Check an evaluation set's rows, and warn of queries that are trained on.
 
     Raises:
-        GroupsError: The rows are not groups.
+        GroupsError: The rows are not groups, or there are none.
+        TrainingError: It is not a dataset.
     """
-    missing = [column for column in ("query", "passages", "labels") if column not in groups.column_names]
-    if missing:
-        raise GroupsError(f"{name}: groups need the columns query, passages, labels; missing: {', '.join(missing)}")
+    if not isinstance(groups, datasets.Dataset):
+        raise TrainingError(
+            f"{name} must be a datasets.Dataset of groups, not {type(groups).__name__}; of a stream, take some: "
+            "Dataset.from_list(list(stream.take(500)))"
+        )
+    groups = check_groups(groups, name)
     if not len(groups):
         raise GroupsError(f"{name} holds no group")
-    for row, (texts, labels) in enumerate(zip(groups["passages"], groups["labels"], strict=True)):
-        if len(texts) != len(labels):
-            raise GroupsError(f"{name} row {row}: {len(labels)} labels for {len(texts)} passages")
     if empty := sum(not any(label > 0 for label in labels) for labels in groups["labels"]):
         logger.warning("%s: %d of %d groups hold no positive; they count as 0", name, empty, len(groups))
     if train is not None:

@@ -11,7 +11,7 @@ import lce_trainer
 
 PACKAGE = Path(lce_trainer.__file__).parent
 BASE = {"errors", "config", "artifacts", "packaged", "precision"}
-BORDER = {"groups"}
+BORDER = {"groups", "conversion", "layouts", "trec", "pairs", "tables"}
 MAKING = {
     "corpus",
     "prompts",

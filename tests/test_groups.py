@@ -1,10 +1,11 @@
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 
 from lce_trainer.artifacts import save_artifact
 from lce_trainer.errors import GroupsError
-from lce_trainer.groups import GROUPS_FEATURES, load_groups, validate_groups
+from lce_trainer.groups import GROUPS_FEATURES, check_groups, load_groups, validate_groups
 
 
 def rows(*groups: tuple[list[str], list[float]], **more: list) -> Dataset:
@@ -50,6 +51,28 @@ def test_a_selection_of_rows_is_validated_not_the_whole_table():
     assert counts["groups_read"] == 1
 
 
+def test_a_check_keeps_every_row_and_its_order():
+    table = rows((["a", "b"], [0, 1]), (["a", "b"], [0, 0]), ([], []), source=["x", "y", "z"])
+    checked = check_groups(table)
+    assert checked["labels"][:] == [[0, 1], [0, 0], []] and checked["passages"][:] == table["passages"][:]
+    assert checked.features == GROUPS_FEATURES
+    assert checked["passage_ids"][:] == [["q0-0", "q0-1"], ["q1-0", "q1-1"], []]
+    assert len(check_groups(table.select([]))) == 0
+
+
+def test_checked_and_validated_groups_stay_on_disk(tmp_path):
+    n = 20_000
+    groups = Dataset.from_dict(
+        {"query": ["q"] * n, "passages": [["a" * 500, "b" * 500]] * n, "labels": [[1.0, 0.0]] * (n - 1) + [[1.0, 1.0]]}
+    )
+    groups.to_parquet(tmp_path / "groups.parquet")
+    mapped = Dataset.from_parquet(str(tmp_path / "groups.parquet"), cache_dir=str(tmp_path / "cache"))
+    before = pa.total_allocated_bytes()
+    kept, counts = validate_groups(mapped)
+    assert counts["groups_without_negative"] == 1 and len(kept) == n - 1
+    assert pa.total_allocated_bytes() - before < 5e6  # of 20 MB of text
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -59,11 +82,18 @@ def test_a_selection_of_rows_is_validated_not_the_whole_table():
         (rows((["a", "b"], [1, 0]), query_id=[None]), "row 0: query_id is null"),
         (rows((["a", "b"], [1, 0]), scores=[[0.5]]), "row 0: 1 scores for 2 passages"),
         (Dataset.from_dict({"query": ["q"], "passages": ["a"], "labels": [[1.0]]}), "column 'passages' must be"),
+        (
+            rows((["a", "b"], [1, 0]), ([], []), (["a", "b"], [1, float("nan")])),
+            "row 2: a label is not a finite number",
+        ),
+        (rows((["a"], [1]), ([], []), (["b", None], [1, 0])), "row 2: passages holds a null"),
     ],
 )
 def test_a_bad_row_is_named(table, message):
-    with pytest.raises(GroupsError, match=message):
+    with pytest.raises(GroupsError, match=f"^(groups need.*)?{message}"):
         validate_groups(table)
+    with pytest.raises(GroupsError, match=f"^dev: (groups need.*)?{message}"):
+        check_groups(table, "dev")
 
 
 def test_saved_groups_load_back(tmp_path):

@@ -1,5 +1,6 @@
 """What the documents tell people to type works."""
 
+import json
 import os
 import re
 import shlex
@@ -70,8 +71,10 @@ def test_every_recipe_shown_reads(block, tmp_path):
     open_run(tmp_path / "recipe.yaml")
 
 
-def test_the_trainer_example_trains(tiny_reranker, tmp_path):
-    (code,) = [block for block in blocks("python") if "LCETrainer(" in block]
+@pytest.mark.parametrize("code", [block for block in blocks("python") if "LCETrainer(" in block])
+def test_every_trainer_example_trains(code, tiny_reranker, tmp_path):
+    triplets = [{"anchor": f"what is {i}", "positive": "red fish", "negative": f"bird {i}"} for i in range(4)]
+    (tmp_path / "triplets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in triplets))
     code = re.sub(r'model="[^"]+"', f"model={str(tiny_reranker)!r}", code)
     done = subprocess.run(
         [sys.executable, "-c", code],

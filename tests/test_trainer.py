@@ -324,6 +324,9 @@ def test_what_does_not_fit_together_is_an_error_before_the_first_step(tmp_path):
         LCETrainer(build_model(), LCETrainingArguments(str(tmp_path)), train_dataset=make_groups(4))
     with pytest.raises(GroupsError, match="dev: groups need the columns"):
         make_trainer(tmp_path, make_groups(4), eval_dataset={"dev": Dataset.from_dict({"query": ["a"]})})
+    uneven = Dataset.from_dict({"query": ["a"], "passages": [["x", "y"]], "labels": [[1.0]]})
+    with pytest.raises(GroupsError, match="dev: row 0: 1 labels for 2 passages"):
+        make_trainer(tmp_path, make_groups(4), eval_dataset={"dev": uneven})
 
 
 def test_queries_trained_and_measured_on_are_reported(tmp_path, caplog):
