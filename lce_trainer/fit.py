@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from lce_trainer.artifacts import digest, write_manifest
-from lce_trainer.checkpoints import SealCheckpoints, final_state, newest_checkpoint
 from lce_trainer.collator import GroupCollator
 from lce_trainer.errors import TrainingError
 from lce_trainer.groups import load_groups
@@ -120,7 +119,7 @@ def _fit(
         # Checkpoints of other settings or other groups must not be taken up.
         checkpoints = run.root / "checkpoints" / f"{name}-{digest([shape, dict(inputs)])}"
         trainer = _trainer(run, name, model, groups, dev, arguments, checkpoints)
-        _train(trainer, name, newest_checkpoint(checkpoints))
+        trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")))
         if trainer.is_world_process_zero() and folder.exists():
             shutil.rmtree(folder)  # of other settings, its manifest among them
         trainer.save_model(str(folder))
@@ -137,22 +136,6 @@ def _fit(
             shutil.rmtree(left)
 
 
-def _train(trainer: LCETrainer, name: str, newest: Path | None) -> None:
-    """Train to the end, from the newest checkpoint if there is one."""
-    processes().wait_for_everyone()  # until all have found the same one
-    if newest is None:
-        trainer.train()
-        return
-    logger.info("%s: going on from %s", name, newest)
-    state = final_state(newest)
-    if state is None:
-        trainer.train(resume_from_checkpoint=str(newest))
-        return
-    trainer.state = state
-    best = newest.with_name(f"checkpoint-{state.best_global_step}")
-    trainer._load_from_checkpoint(str(best if trainer.args.load_best_model_at_end and best.is_dir() else newest))
-
-
 def _trainer(
     run: Run,
     name: str,
@@ -165,7 +148,7 @@ def _trainer(
     config = run.recipe.train
     args = _arguments(run, arguments, checkpoints)
     set_seed(args.seed)  # a new head is drawn from it
-    callbacks = [SealCheckpoints()]
+    callbacks = []
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
     trainer = LCETrainer(

@@ -6,7 +6,7 @@ Curves that mean something, and a warning when nothing is learned.
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import datasets
@@ -97,6 +97,29 @@ def check_model(model: Any, tokenizer: PreTrainedTokenizerBase, args: LCETrainin
     if args.max_length > limit:
         raise TrainingError(f"max_length is {args.max_length}, but the model reads {limit} tokens at most")
     match_padding(model, tokenizer)
+
+
+def check_finite(losses: Tensor, query_ids: Sequence[str], step: int, learning_rate: Callable[[], float]) -> None:
+    """Stop at a loss that is no number.
+
+    Args:
+        losses: Of each group, shape ``(groups,)``.
+        query_ids: Of each group.
+        step: The one being made.
+        learning_rate: Asked for the message.
+
+    Raises:
+        TrainingError: A loss is NaN or infinite; names the queries.
+    """
+    bad = (~losses.isfinite()).tolist()
+    if any(bad):
+        named = [query_id for query_id, is_bad in zip(query_ids, bad, strict=True) if is_bad]
+        shown = ", ".join(map(repr, named[:8])) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+        raise TrainingError(
+            f"step {step}: the loss of queries {shown} is NaN or infinite, so the run stopped before the weights took "
+            f"it in; lower learning_rate (now {learning_rate():.1e}), use bf16 in place of fp16, or look at these "
+            "groups"
+        )
 
 
 class Tally:

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
+from lce_trainer.checkpoints import checkpoint_to_resume, final_state, sealed_checkpoint
 from lce_trainer.collator import Batch, GroupCollator, length_buckets
 from lce_trainer.errors import TrainingError
 from lce_trainer.guards import (
@@ -24,14 +23,16 @@ from lce_trainer.guards import (
     Tally,
     by_name,
     check_eval,
+    check_finite,
     check_model,
     curves,
     usable_groups,
 )
+from lce_trainer.lockstep import score_share
 from lce_trainer.loss import distillation_loss, lce_loss
 from lce_trainer.metrics import group_metrics
 from lce_trainer.pair_template import settle_template
-from lce_trainer.reranker import RAW_SCORES, load_model, load_tokenizer, scoring_batches
+from lce_trainer.reranker import RAW_SCORES, load_model, load_tokenizer
 from lce_trainer.sampling import EpochGroups, GroupSampler
 from lce_trainer.score_cache import cache_gradients, cut_step, replayed
 from lce_trainer.training_args import LCETrainingArguments
@@ -235,7 +236,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             scores = scores.new_zeros(len(scores)).index_copy(0, inputs["places"], scores)
         grid = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask, scores)
         losses = self._group_losses(grid, inputs)
-        self._check_finite(losses.detach(), inputs["query_ids"])
+        check_finite(losses.detach(), inputs["query_ids"], self.state.global_step + 1, self._get_learning_rate)
         with torch.no_grad():
             guessing = self._group_losses(torch.zeros_like(grid), inputs)
             self.tally.add_groups(grid.detach(), mask, target, losses.detach(), guessing)
@@ -275,17 +276,6 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             )
         back = torch.as_tensor(np.argsort(np.concatenate(buckets)), device=device)
         return torch.cat(logits)[back]
-
-    def _check_finite(self, losses: Tensor, query_ids: list[str]) -> None:
-        bad = (~losses.isfinite()).tolist()
-        if any(bad):
-            named = [query_id for query_id, is_bad in zip(query_ids, bad, strict=True) if is_bad]
-            shown = ", ".join(map(repr, named[:8])) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the loss of queries {shown} is NaN or infinite, so the run "
-                f"stopped before the weights took it in; lower learning_rate (now {self._get_learning_rate():.1e}), "
-                "use bf16 in place of fp16, or look at these groups"
-            )
 
     # ---- logs
 
@@ -350,20 +340,43 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
     def _score_pairs(self, model: nn.Module, pairs: list[tuple[str, str]], description: str) -> np.ndarray:
         """Raw logits, shape ``(pairs,)``, the same on every rank."""
-        mine = np.arange(self.args.process_index, len(pairs), self.args.world_size)
-        scores = torch.zeros(len(pairs), device=self.args.device)
-        batches: Iterator[tuple[np.ndarray, dict[str, Tensor]]] = scoring_batches(
-            self.processing_class, [pairs[i] for i in mine], self.args.max_length, self.args.eval_batch_tokens
+        return score_share(
+            self.accelerator,
+            lambda batch: model(**self._prepare_inputs(batch)).logits[:, 0],
+            self.processing_class,
+            pairs,
+            self.args.max_length,
+            self.args.eval_batch_tokens,
+            desc=description,
+            leave=False,
+            disable=self.args.disable_tqdm or not self.is_local_process_zero(),
         )
-        hidden = self.args.disable_tqdm or not self.is_local_process_zero()
-        with torch.inference_mode(), tqdm(total=len(mine), desc=description, disable=hidden, leave=False) as bar:
-            for rows, batch in batches:
-                chosen = torch.as_tensor(mine[rows], device=self.args.device)
-                scores[chosen] = model(**self._prepare_inputs(batch)).logits[:, 0].float()
-                bar.update(len(rows))
-        # Every other rank holds zero for a pair, so the sum is exact.
-        total: Tensor = self.accelerator.reduce(scores, reduction="sum")
-        return total.cpu().numpy()
+
+    # ---- checkpoints
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train, or go on training: to the same end, bit for bit on a CPU, wherever a run was interrupted.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True for the newest one under ``output_dir`` that
+                verifies; those that do not are named in the log, and without any the run starts anew.
+            **kwargs: As ``transformers.Trainer`` takes them.
+
+        Raises:
+            TrainingError: The checkpoint is missing or damaged, or training cannot go on.
+        """
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir))
+        over = final_state(checkpoint, self.args, self.get_train_dataloader()) if checkpoint else None
+        if checkpoint is None or over is None:
+            return super().train(checkpoint and str(checkpoint), **kwargs)
+        self.state = over
+        best = checkpoint.with_name(f"checkpoint-{over.best_global_step}")
+        self._load_from_checkpoint(str(best if self.args.load_best_model_at_end and best.is_dir() else checkpoint))
+        return TrainOutput(over.global_step, 0.0, {})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with sealed_checkpoint(self.args, self.state, Path(self._get_output_dir(trial))):
+            super()._save_checkpoint(model, trial)
 
     # ---- saving
 

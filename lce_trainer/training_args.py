@@ -78,6 +78,9 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
     logging_steps: float = field(
         default=10, metadata={"help": "Steps between two lines of the log, or below 1 a part of all steps."}
     )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "A resumed run stops early when the uninterrupted one would have."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be false: the model sees tensors, never the dataset's columns."}
     )
