@@ -22,9 +22,8 @@ from lce_trainer.artifacts import digest, write_manifest
 from lce_trainer.collator import GroupCollator
 from lce_trainer.errors import TrainingError
 from lce_trainer.groups import load_groups
-from lce_trainer.pair_template import settle_template
+from lce_trainer.loading import load_model, load_tokenizer, pairing_tokenizer
 from lce_trainer.precision import resolve_dtype
-from lce_trainer.reranker import load_config, load_model, load_tokenizer
 from lce_trainer.run import Run, is_stale, processes
 from lce_trainer.trainer import LCETrainer
 from lce_trainer.training_args import LCETrainingArguments
@@ -75,8 +74,7 @@ def check_training(run: Run) -> None:
         LCETrainerError: They cannot be used, or there is no such base model.
     """
     args = _arguments(run, run.recipe.train.arguments, run.root / "checkpoints")
-    tokenizer = load_tokenizer(run.recipe.train.model)
-    settle_template(tokenizer, load_config(run.recipe.train.model))
+    tokenizer = pairing_tokenizer(run.recipe.train.model, args.yes_no)
     GroupCollator(tokenizer, args.group_size, args.max_length, args.max_query_length)
 
 
@@ -152,7 +150,7 @@ def _trainer(
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
     trainer = LCETrainer(
-        model=load_model(model, dropout=config.dropout),
+        model=load_model(model, dropout=config.dropout, yes_no=args.yes_no),
         args=args,
         train_dataset=groups,
         eval_dataset=dev,

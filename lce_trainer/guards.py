@@ -22,8 +22,9 @@ from transformers import (
 
 from lce_trainer.errors import GroupsError, TrainingError
 from lce_trainer.groups import check_groups, validate_groups
-from lce_trainer.reranker import longest_input, match_padding
+from lce_trainer.loading import longest_input, match_padding
 from lce_trainer.training_args import LCETrainingArguments
+from lce_trainer.yes_no import answers_of
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def check_model(model: Any, tokenizer: PreTrainedTokenizerBase, args: LCETrainin
     Raises:
         TrainingError: It is not, or does not.
     """
-    if model.config.num_labels != 1:
+    if model.config.num_labels != 1 and answers_of(model) is None:
         raise TrainingError(f"the model has {model.config.num_labels} labels; a reranker has one: num_labels=1")
     limit = longest_input(model)
     if args.max_length > limit:

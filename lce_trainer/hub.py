@@ -46,6 +46,7 @@ _TOKENIZER = (
     "chat_template.jinja",
 )
 _SENTENCE_TRANSFORMERS = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+_LOGIT_SCORE = "1_LogitScore"  # sentence-transformers' module of a language model that answers yes or no
 _MODEL_FILES = (CARD, "config.json", *_WEIGHTS, *_TOKENIZER, *_SENTENCE_TRANSFORMERS)
 _NOT_TEXT = (".safetensors", ".parquet")
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
@@ -98,7 +99,7 @@ class _Plan:
 
     @property
     def files(self) -> dict[str, int]:
-        return {path.name: path.stat().st_size for path in self.paths}
+        return {_in_repo(path): path.stat().st_size for path in self.paths}
 
 
 def publish(
@@ -171,6 +172,7 @@ def _model_files(folder: Path) -> tuple[Path, ...]:
     if not folder.is_dir():
         raise PublishError(f"no model at {folder}: train one first")
     paths = sorted(path for path in folder.iterdir() if path.is_file() and _matches(path.name, _MODEL_FILES))
+    paths += (folder / _LOGIT_SCORE).glob("config.json")
     names = [path.name for path in paths]
     for what, patterns in (
         ("model card", (CARD,)),
@@ -188,6 +190,10 @@ def _groups_files(folder: Path) -> tuple[Path, ...]:
     if not (folder / CARD).is_file():
         raise PublishError(f"{folder} has no dataset card ({CARD}), so it cannot be published")
     return tuple(folder / name for name in (CARD, MANIFEST, *tables))
+
+
+def _in_repo(path: Path) -> str:
+    return f"{_LOGIT_SCORE}/{path.name}" if path.parent.name == _LOGIT_SCORE else path.name
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -227,7 +233,7 @@ def _upload(api: HfApi, plan: _Plan, token: str, done: str) -> Upload:
         commit = api.create_commit(
             plan.repo_id,
             [
-                *(CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in plan.paths),
+                *(CommitOperationAdd(path_in_repo=_in_repo(path), path_or_fileobj=path) for path in plan.paths),
                 *(CommitOperationDelete(path_in_repo=name) for name in stale),
             ],
             commit_message=f"Upload {'reranker' if plan.repo_type == 'model' else 'groups'} with lce-trainer",

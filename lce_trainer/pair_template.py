@@ -14,7 +14,7 @@ import importlib.resources
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -37,6 +37,7 @@ class PairTemplate:
         middle: Between query and passage.
         tail: After the passage; the score is read at its last token.
         strips: Whether the texts lose the white space around them.
+        structured: Whether the messages are lists of typed parts.
         tail_ids: Tokens that a pair ends with, whatever it holds.
         overhead: Tokens of a pair without query and passage, at most.
     """
@@ -45,8 +46,9 @@ class PairTemplate:
     middle: str
     tail: str
     strips: bool
-    tail_ids: tuple[int, ...]
-    overhead: int
+    structured: bool
+    tail_ids: tuple[int, ...] = ()
+    overhead: int = 0
 
     def render(self, query: str, passage: str) -> str:
         """The text of a pair."""
@@ -84,8 +86,7 @@ def settle_template(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     Raises:
         TrainingError: The model is a trained reranker whose chat template does not hold a pair.
     """
-    source = str(tokenizer.chat_template or "")
-    if set(re.findall(r"""["'](query|document)["']""", source)) == {"query", "document"}:
+    if is_for_pairs(tokenizer):
         pair_template(tokenizer)
     elif not is_decoder(config):
         tokenizer.chat_template = None  # for chats; a tokenizer that has one would put every pair through it
@@ -93,13 +94,19 @@ def settle_template(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
         begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + _default_template()
         logger.info("pairs go through pair_template.jinja, which is saved with the model")
-    elif source:
+    elif tokenizer.chat_template is not None:
         pair_template(tokenizer)
     else:
         logger.warning(
             "this decoder's tokenizer has no template for pairs, so query and passage are joined with nothing between "
             "them; set tokenizer.chat_template to what the model was trained with"
         )
+
+
+def is_for_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template names the roles ``query`` and ``document``."""
+    named = re.findall(r"""["'](query|document)["']""", str(tokenizer.chat_template or ""))
+    return set(named) == {"query", "document"}
 
 
 def is_decoder(config: PreTrainedConfig) -> bool:
@@ -193,7 +200,7 @@ def _taken_apart(tokenizer: PreTrainedTokenizerBase, source: str) -> PairTemplat
         head, _, rest = _rendered(tokenizer, query, passage, structured).partition(query)
         middle, found, tail = rest.partition(passage)
         for strips in (False, True):
-            template = PairTemplate(head, middle, tail, strips, (), 0)
+            template = PairTemplate(head, middle, tail, strips, structured)
             probe = ("  two words ", "\n a passage\n")
             if found and template.render(*probe) == _rendered(tokenizer, *probe, structured):
                 return _measured(tokenizer, template)
@@ -220,16 +227,11 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, query: str, passage: str, stru
 
 def _measured(tokenizer: PreTrainedTokenizerBase, template: PairTemplate) -> PairTemplate:
     """The template with its tokens, found as sentence-transformers finds them: by what two renderings share."""
-    one, other = (
-        tokenizer(template.render(text, text), add_special_tokens=False)["input_ids"] for text in ("0", "1 2 3 4")
-    )
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    texts = [template.render(text, text) for text in ("0", "1 2 3 4", "")]
+    one, other, empty = (encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False))
     shared = next((i for i, (a, b) in enumerate(zip(one[::-1], other[::-1], strict=False)) if a != b), 0)
-    empty = tokenizer(template.render("", ""), add_special_tokens=False)["input_ids"]
-    return PairTemplate(
-        template.head,
-        template.middle,
-        template.tail,
-        template.strips,
-        tuple(one[len(one) - shared :]),
-        max(len(empty), len(one) - 2) + _JOINTS,
-    )
+    overhead = max(len(empty), len(one) - 2) + _JOINTS
+    return replace(template, tail_ids=tuple(one[len(one) - shared :]), overhead=overhead)

@@ -25,9 +25,10 @@ from lce_trainer.hub import Published
 from lce_trainer.hub import publish as upload
 from lce_trainer.journal import Journal
 from lce_trainer.labeling import check_judge, label_candidates
+from lce_trainer.loading import load_tokenizer
 from lce_trainer.precision import resolve_dtype
 from lce_trainer.queries import generate_queries
-from lce_trainer.reranker import Reranker, load_tokenizer
+from lce_trainer.reranker import Reranker
 from lce_trainer.retrieval import BM25Index, candidates, embed
 from lce_trainer.run import Made, Run
 from lce_trainer.warmup import warm_start_groups

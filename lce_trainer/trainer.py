@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from lce_trainer.checkpoints import checkpoint_to_resume, final_state, sealed_checkpoint
@@ -28,14 +28,15 @@ from lce_trainer.guards import (
     curves,
     usable_groups,
 )
+from lce_trainer.loading import prepare
 from lce_trainer.lockstep import score_share
 from lce_trainer.loss import distillation_loss, lce_loss
 from lce_trainer.metrics import group_metrics
-from lce_trainer.pair_template import settle_template
-from lce_trainer.reranker import RAW_SCORES, load_model, load_tokenizer
+from lce_trainer.notes import RAW_SCORES, write_notes
 from lce_trainer.sampling import EpochGroups, GroupSampler
 from lce_trainer.score_cache import cache_gradients, cut_step, replayed
 from lce_trainer.training_args import LCETrainingArguments
+from lce_trainer.yes_no import answers_of, pair_logits
 
 
 class LCETrainer(Trainer):  # type: ignore[misc]
@@ -71,8 +72,8 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         """Check everything that can be checked before the first step.
 
         Args:
-            model: A model with one label, or the name of one (Hub id, folder, ``package:``); a base
-                encoder gets a new head, drawn from ``args.seed``.
+            model: A model with one label, a language model that answers yes or no, or the name of one
+                (Hub id, folder, ``package:``); a base gets a new head, drawn from ``args.seed``.
             args: The settings.
             data_collator: Built from ``args`` if None.
             train_dataset: Groups; those that teach nothing are dropped and counted.
@@ -85,16 +86,9 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             GroupsError: A dataset does not hold groups.
         """
         args = args or LCETrainingArguments("trainer_output")
-        if isinstance(model, (str, Path)):
-            processing_class = processing_class or load_tokenizer(model)
-            set_seed(args.seed)
-            model = load_model(model)
         if processing_class is None and data_collator is not None:
             processing_class = data_collator.tokenizer
-        if processing_class is None:
-            raise TrainingError("pass the tokenizer as processing_class, or the model by its name")
-        if isinstance(model, PreTrainedModel):
-            settle_template(processing_class, model.config)
+        model, processing_class = prepare(model, processing_class, args.yes_no, args.seed)
         self.counts: dict[str, int] = {}
         if train_dataset is not None:
             train_dataset, self.counts = usable_groups(train_dataset, args)
@@ -268,7 +262,8 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         for rows in buckets:
             long = min(-(-max(lengths[i] for i in rows) // multiple) * multiple, width)
             chosen = torch.as_tensor(rows, device=device)
-            logits.append(model(**{name: tensor[chosen, :long] for name, tensor in tensors.items()}).logits[:, 0])
+            part = {name: tensor[chosen, :long] for name, tensor in tensors.items()}
+            logits.append(pair_logits(model, part, self.model))
             padded += len(rows) * long
         if inputs["group_sizes"]:
             self.tally.add_counts(
@@ -342,7 +337,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         """Raw logits, shape ``(pairs,)``, the same on every rank."""
         return score_share(
             self.accelerator,
-            lambda batch: model(**self._prepare_inputs(batch)).logits[:, 0],
+            lambda batch: pair_logits(model, self._prepare_inputs(batch), self.model),
             self.processing_class,
             pairs,
             self.args.max_length,
@@ -383,10 +378,12 @@ class LCETrainer(Trainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A plain checkpoint that every loader scores alike; settings as JSON, never as a pickle."""
         folder = Path(output_dir or self.args.output_dir)
-        self.accelerator.unwrap_model(self.model).config.sentence_transformers = dict(RAW_SCORES)
+        answers = answers_of(self.model)
+        self.model.config.sentence_transformers = {**RAW_SCORES, **({"answer_ids": list(answers)} if answers else {})}
         self.processing_class.model_max_length = self.args.max_length
-        # Left of a pair, padding would shift the positions that some decoders count; the attribute is not saved.
-        self.processing_class.padding_side = self.processing_class.init_kwargs["padding_side"] = "right"
+        # Padding may shift the positions that a decoder counts; and only what is in init_kwargs is saved.
+        side = "right" if answers is None else "left"
+        self.processing_class.padding_side = self.processing_class.init_kwargs["padding_side"] = side
         if (backend := getattr(self.processing_class, "backend_tokenizer", None)) is not None:
             # How the last batch was cut and padded would be saved with it, and bind who reads that file alone.
             backend.no_truncation()
@@ -394,5 +391,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         super()._save(str(folder), state_dict)
         if self.args.should_save:
             (folder / "training_args.bin").unlink(missing_ok=True)
+            if answers is not None:
+                write_notes(folder, answers, self.processing_class)
             settings = json.dumps(self.args.to_public_dict(), indent=2, sort_keys=True, default=str)
             (folder / "training_args.json").write_text(settings + "\n", encoding="utf-8")

@@ -36,6 +36,13 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
     max_query_length: int = field(
         default=64, metadata={"help": "Tokens of a query at most while training; shorter ones are kept whole."}
     )
+    yes_no: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Score by what a language model answers, logit(yes) - logit(no), in place of a new head. "
+            "null: where the checkpoint says that it does."
+        },
+    )
     temperature: float = field(default=1.0, metadata={"help": "Divides the scores in the loss."})
     distillation_weight: float = field(
         default=0.0,

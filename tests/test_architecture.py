@@ -26,7 +26,7 @@ MAKING = {
 }
 MAKING |= {"labeling", "shortcut"}
 LEARNING = {"loss", "sampling", "collator", "training_args", "guards", "trainer", "checkpoints", "reranker"}
-LEARNING |= {"metrics", "evaluation", "pair_template", "score_cache", "lockstep"}
+LEARNING |= {"metrics", "evaluation", "pair_template", "notes", "yes_no", "loading", "score_cache", "lockstep"}
 SHARING = {"cards", "hub"}
 TOP = {"run", "fit", "stages", "cli", "__init__"}
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lce_trainer.collator import encode_groups
 from lce_trainer.errors import TrainingError
-from lce_trainer.reranker import Reranker, longest_input, scoring_batches
+from lce_trainer.loading import longest_input
+from lce_trainer.reranker import Reranker, scoring_batches
 from lce_trainer.trainer import LCETrainer
 from lce_trainer.training_args import LCETrainingArguments
 
@@ -36,7 +37,7 @@ def some_groups(n: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def make_trainer(family: str, folder, model=None, **settings) -> LCETrainer:
+def make_trainer(family: str, folder, model=None, tokenizer="its own", train_dataset=None, **settings) -> LCETrainer:
     defaults = {
         "group_size": 4,
         "max_length": MAX_LENGTH,
@@ -51,13 +52,16 @@ def make_trainer(family: str, folder, model=None, **settings) -> LCETrainer:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    tokenizer = tiny_tokenizer(family)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    more = {name: settings.pop(name) for name in ("peft_config", "callbacks") if name in settings}
+    if tokenizer == "its own":
+        tokenizer = tiny_tokenizer(family)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return LCETrainer(
         model=tiny_model(family) if model is None else model,
         args=LCETrainingArguments(str(folder), **{**defaults, **settings}),
-        train_dataset=some_groups(6),
+        train_dataset=some_groups(6) if train_dataset is None else train_dataset,
         processing_class=tokenizer,
+        **more,
     )
 
 

@@ -8,7 +8,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from lce_trainer.collator import pad_pairs
 from lce_trainer.errors import ConfigError, TrainingError
-from lce_trainer.reranker import RAW_SCORES, Reranker, load_model, scoring_batches
+from lce_trainer.loading import load_model
+from lce_trainer.notes import RAW_SCORES
+from lce_trainer.reranker import Reranker, scoring_batches
 
 
 def make_pairs(n: int, seed: int = 0) -> list[tuple[str, str]]:
