@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from transformers import (
@@ -62,7 +65,7 @@ def by_name(eval_dataset: EvalDataset) -> dict[str, datasets.Dataset]:
 
 
 def check_eval(groups: Any, name: str, train: datasets.Dataset | None) -> None:
-    """Check an evaluation set's rows, and warn of queries that are trained on.
+    """Check an evaluation set's rows, and warn of queries and passages that are trained on.
 
     Raises:
         GroupsError: The rows are not groups, or there are none.
@@ -76,14 +79,40 @@ def check_eval(groups: Any, name: str, train: datasets.Dataset | None) -> None:
     groups = check_groups(groups, name)
     if not len(groups):
         raise GroupsError(f"{name} holds no group")
-    if empty := sum(not any(label > 0 for label in labels) for labels in groups["labels"]):
+    table = groups.data.table
+    lengths = pc.list_value_length(table["labels"]).to_numpy()
+    relevant = pc.greater(pc.list_flatten(table["labels"]), 0).to_numpy()
+    if empty := len(groups) - len(np.unique(np.repeat(np.arange(len(groups)), lengths)[relevant])):
         logger.warning("%s: %d of %d groups hold no positive; they count as 0", name, empty, len(groups))
     if train is not None:
-        seen = {query.casefold().strip() for query in train["query"]}
-        if shared := sum(query.casefold().strip() in seen for query in groups["query"]):
-            logger.warning(
-                "%s: %d of its %d queries are also trained on, so its figures say too much", name, shared, len(groups)
-            )
+        _report_overlap(table, relevant, name, train)
+
+
+def _report_overlap(table: pa.Table, relevant: np.ndarray, name: str, train: datasets.Dataset) -> None:
+    """Warn of queries (but for case and outer spaces) and of passages (the very same text) that are trained on."""
+    trained = train.select_columns(["query", "passages", "labels"]).with_format("arrow")[:]
+    queries, known = (pc.utf8_trim_whitespace(pc.utf8_lower(rows["query"])) for rows in (table, trained))
+    if shared := pc.sum(pc.is_in(queries, value_set=known)).as_py():
+        logger.warning(
+            "%s: %d of its %d queries are also trained on, so its figures say too much", name, shared, len(queries)
+        )
+    passages, known = (pc.list_flatten(rows["passages"]) for rows in (table, trained))
+    # Looking the many up among the few is quick, and what is left of them is few too.
+    both = pc.is_in(known, value_set=passages)
+    if not pc.any(both).as_py():
+        return
+    seen = pc.is_in(passages, value_set=known.filter(both)).to_numpy()
+    positives = known.filter(pc.and_(both, pc.greater(pc.list_flatten(trained["labels"]), 0)))
+    told = pc.is_in(passages, value_set=positives).to_numpy() & relevant
+    logger.warning(
+        "%s: %d of its %d passages are also trained on, and %d of its %d relevant ones as positives: its figures hold "
+        "for these documents, and may be lower for new ones",
+        name,
+        seen.sum(),
+        len(seen),
+        told.sum(),
+        relevant.sum(),
+    )
 
 
 def check_model(model: Any, tokenizer: PreTrainedTokenizerBase, args: LCETrainingArguments) -> None:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 from lce_trainer.checkpoints import checkpoint_to_resume, final_state, sealed_checkpoint
 from lce_trainer.collator import Batch, GroupCollator, length_buckets
 from lce_trainer.errors import TrainingError
+from lce_trainer.forecast import TellForecast
 from lce_trainer.guards import (
     EvalDataset,
     LearningWatch,
@@ -116,6 +117,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         self.tally = Tally()
         self.watch = LearningWatch()
         self.add_callback(self.watch)
+        self.add_callback(TellForecast(self))
         default = 256 if args.device.type == "cpu" else 16384
         self._bucket_overhead: int = default if args.bucket_overhead is None else args.bucket_overhead
 

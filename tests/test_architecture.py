@@ -26,7 +26,17 @@ MAKING = {
 }
 MAKING |= {"labeling", "shortcut"}
 LEARNING = {"loss", "sampling", "collator", "training_args", "guards", "trainer", "checkpoints", "reranker"}
-LEARNING |= {"metrics", "evaluation", "pair_template", "notes", "yes_no", "loading", "score_cache", "lockstep"}
+LEARNING |= {
+    "metrics",
+    "evaluation",
+    "forecast",
+    "pair_template",
+    "notes",
+    "yes_no",
+    "loading",
+    "score_cache",
+    "lockstep",
+}
 SHARING = {"cards", "hub"}
 TOP = {"run", "fit", "stages", "cli", "__init__"}
 
