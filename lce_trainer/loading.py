@@ -24,7 +24,7 @@ from lce_trainer.yes_no import answer_ids, is_language_model, note_answers, sett
 
 logger = logging.getLogger(__name__)
 
-_POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "xmod"}
+POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "xmod"}
 
 
 def load_model(
@@ -165,7 +165,7 @@ def longest_input(model: PreTrainedModel) -> int:
     config: Any = model.config
     positions = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
     # These families count positions from the one after the pad token's id.
-    return positions - (config.pad_token_id + 1 if config.model_type in _POSITIONS_AFTER_PADDING else 0)
+    return positions - (config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0)
 
 
 def _answers(config: PreTrainedConfig, path: str, yes_no: bool | None) -> tuple[int, ...] | None:

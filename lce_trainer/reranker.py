@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lce_trainer.collator import pad_pairs
 from lce_trainer.errors import TrainingError
 from lce_trainer.loading import load_model, load_tokenizer, longest_input, settle
+from lce_trainer.packing import batch_scores, disable_packing, enable_packing
 from lce_trainer.pair_template import encode_by_template, pair_template
-from lce_trainer.yes_no import pair_logits
 
 WINDOW = 16384  # pairs tokenized at once: bounds the memory that token ids take
 
@@ -47,7 +48,12 @@ class Reranker:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None = None,
+        packing: Literal["auto", "none"] = "auto",
     ) -> None:
         """Wrap a loaded model; see :meth:`from_pretrained`."""
         self.model = model.eval()
@@ -57,6 +63,10 @@ class Reranker:
         self.max_length = max_length or min(tokenizer.model_max_length, limit)
         if self.max_length > limit:
             raise TrainingError(f"max_length={self.max_length}, but the model reads {limit} tokens at most")
+        if packing == "auto":
+            enable_packing(self.model)
+        else:
+            disable_packing(self.model)
 
     @classmethod
     def from_pretrained(
@@ -67,6 +77,7 @@ class Reranker:
         dtype: torch.dtype | str | None = None,
         max_length: int | None = None,
         yes_no: bool | None = None,
+        packing: Literal["auto", "none"] = "auto",
     ) -> "Reranker":
         """Load a reranker.
 
@@ -77,6 +88,8 @@ class Reranker:
             max_length: Tokens of a pair at most; what the checkpoint was trained with if None.
             yes_no: Score by a language model's answer, see :mod:`lce_trainer.yes_no`; if None, that
                 of a checkpoint which says so.
+            packing: With auto pairs are scored without padding where the model's family can be, and
+                with none padded.
 
         Raises:
             TrainingError: There is no such model, or it is not a reranker with one label.
@@ -85,7 +98,7 @@ class Reranker:
         model = load_model(name, dtype=dtype or "auto", yes_no=yes_no, trained=True)
         if device is None:
             device = torch.accelerator.current_accelerator() or "cpu"
-        return cls(model.to(device), load_tokenizer(name), max_length=max_length)
+        return cls(model.to(device), load_tokenizer(name), max_length=max_length, packing=packing)
 
     def score(
         self, pairs: Sequence[tuple[str, str]], *, batch_tokens: int = 8192, progress: bool = False
@@ -106,7 +119,7 @@ class Reranker:
         with torch.inference_mode(), tqdm(total=len(places), unit="pair", disable=not progress) as bar:
             for rows, batch in scoring_batches(self.tokenizer, list(places), self.max_length, batch_tokens):
                 inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-                scores[rows] = pair_logits(self.model, inputs, self.model).float().cpu().numpy()
+                scores[rows] = batch_scores(self.model, inputs, self.model).float().cpu().numpy()
                 bar.update(len(rows))
         return scores[[places[query, passage] for query, passage in pairs]]
 

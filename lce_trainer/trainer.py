@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from lce_trainer.checkpoints import checkpoint_to_resume, final_state, sealed_checkpoint
-from lce_trainer.collator import Batch, GroupCollator, length_buckets
+from lce_trainer.collator import Batch, GroupCollator
 from lce_trainer.errors import TrainingError
 from lce_trainer.forecast import TellForecast
 from lce_trainer.guards import (
@@ -34,10 +34,11 @@ from lce_trainer.lockstep import score_share
 from lce_trainer.loss import distillation_loss, lce_loss
 from lce_trainer.metrics import group_metrics
 from lce_trainer.notes import RAW_SCORES, write_notes
+from lce_trainer.packing import batch_scores, enable_packing, packed_scores, packs, padded_scores
 from lce_trainer.sampling import EpochGroups, GroupSampler
 from lce_trainer.score_cache import cache_gradients, cut_step, replayed
 from lce_trainer.training_args import LCETrainingArguments
-from lce_trainer.yes_no import answers_of, pair_logits
+from lce_trainer.yes_no import answers_of
 
 
 class LCETrainer(Trainer):  # type: ignore[misc]
@@ -119,6 +120,9 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         self.add_callback(self.watch)
         self.add_callback(TellForecast(self))
         default = 256 if args.device.type == "cpu" else 16384
+        if args.packing == "auto":
+            with self.accelerator.autocast():
+                enable_packing(self.model)
         self._bucket_overhead: int = default if args.bucket_overhead is None else args.bucket_overhead
 
     # ---- data
@@ -254,25 +258,19 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         return mixed
 
     def _scores(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """Logit of each pair, shape ``(pairs,)``: pairs alike in length run together, in one graph."""
+        """Logit of each pair, shape ``(pairs,)``, in one graph."""
         lengths = inputs["lengths"]
         tensors = {name: inputs[name] for name in self.processing_class.model_input_names if name in inputs}
-        width, device = tensors["input_ids"].shape[1], tensors["input_ids"].device
-        multiple = self.args.pad_to_multiple_of or 1
-        buckets = length_buckets(lengths, self._bucket_overhead)
-        logits, padded = [], 0
-        for rows in buckets:
-            long = min(-(-max(lengths[i] for i in rows) // multiple) * multiple, width)
-            chosen = torch.as_tensor(rows, device=device)
-            part = {name: tensor[chosen, :long] for name, tensor in tensors.items()}
-            logits.append(pair_logits(model, part, self.model))
-            padded += len(rows) * long
+        if packs(self.model):
+            scores, run = packed_scores(model, tensors, lengths, self.model.config), sum(lengths)
+        else:
+            multiple = self.args.pad_to_multiple_of or 1
+            scores, run = padded_scores(model, tensors, lengths, self.model, self._bucket_overhead, multiple)
         if inputs["group_sizes"]:
             self.tally.add_counts(
-                pairs=len(lengths), tokens=sum(lengths), padded_tokens=padded, cut_pairs=inputs["cut_pairs"]
+                pairs=len(lengths), tokens=sum(lengths), padded_tokens=run, cut_pairs=inputs["cut_pairs"]
             )
-        back = torch.as_tensor(np.argsort(np.concatenate(buckets)), device=device)
-        return torch.cat(logits)[back]
+        return scores
 
     # ---- logs
 
@@ -339,7 +337,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         """Raw logits, shape ``(pairs,)``, the same on every rank."""
         return score_share(
             self.accelerator,
-            lambda batch: pair_logits(model, self._prepare_inputs(batch), self.model),
+            lambda batch: batch_scores(model, self._prepare_inputs(batch), self.model),
             self.processing_class,
             pairs,
             self.args.max_length,

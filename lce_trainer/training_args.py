@@ -62,10 +62,17 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             "whole batch."
         },
     )
+    packing: str = field(
+        default="auto",
+        metadata={
+            "help": "With auto the pairs of a batch run in one row without padding, where the model's family can, and "
+            "the last layer computes only what its head reads; exact. With none they are padded."
+        },
+    )
     bucket_overhead: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens of padding worth one more forward pass: pairs alike in length run together. Larger cuts "
+            "help": "Where pairs are padded: tokens of padding worth one more forward pass. Larger cuts "
             "less, 0 never pads. null: 256 on CPU, 16384 on an accelerator."
         },
     )
@@ -137,6 +144,8 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
         if not 0 <= self.distillation_weight <= 1:
             raise ConfigError(f"distillation_weight must be from 0 to 1, not {self.distillation_weight}")
+        if self.packing not in ("auto", "none"):
+            raise ConfigError(f"packing must be auto or none, not {self.packing!r}")
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns must be false: the groups' columns are not the model's inputs")
         if self.ddp_broadcast_buffers:

@@ -37,6 +37,7 @@ LEARNING |= {
     "score_cache",
     "lockstep",
 }
+LEARNING |= {"attention", "packing"}
 SHARING = {"cards", "hub"}
 TOP = {"run", "fit", "stages", "cli", "__init__"}
 

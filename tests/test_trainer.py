@@ -104,9 +104,10 @@ WAYS = {
         "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 4,
     },
-    "one padded forward pass": {"bucket_overhead": 10**9},
-    "never a padding token": {"bucket_overhead": 0},
-    "padded to a multiple of 8": {"pad_to_multiple_of": 8},
+    "one padded forward pass": {"packing": "none", "bucket_overhead": 10**9},
+    "one padded forward pass a length": {"packing": "none", "bucket_overhead": 0},
+    "padded to a multiple of 8": {"packing": "none", "pad_to_multiple_of": 8},
+    "padded micro-batches": {"packing": "none", "micro_batch_size": 5},
 }
 
 

@@ -1,0 +1,249 @@
+"""Packed and padded, whole and read-only last layers: one function, in float64, for every family."""
+
+import logging
+
+import pytest
+import torch
+from conftest import WORDS, build_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    CamembertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    LlamaConfig,
+    MistralConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    Qwen2Config,
+    Qwen3Config,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+
+from lce_trainer.attention import attend, make_packing
+from lce_trainer.packing import disable_packing, enable_packing, pack_pairs
+from lce_trainer.packing import packed_scores as scores_of
+
+SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+SMALL |= {"max_position_embeddings": 64, "num_labels": 1, "pad_token_id": 0}
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SHIFTED = SMALL | STILL | {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+CONFIGS = {
+    "bert": BertConfig(**SMALL, **STILL),
+    "roberta": RobertaConfig(**SHIFTED),
+    "xlm-roberta": XLMRobertaConfig(**SHIFTED),
+    "camembert": CamembertConfig(**SHIFTED),
+    "electra": ElectraConfig(**SMALL, **STILL, embedding_size=16),
+    "distilbert": DistilBertConfig(
+        vocab_size=60,
+        dim=32,
+        n_layers=3,
+        n_heads=4,
+        hidden_dim=48,
+        num_labels=1,
+        dropout=0.0,
+        attention_dropout=0.0,
+        seq_classif_dropout=0.0,
+        max_position_embeddings=64,
+    ),
+    "modernbert": ModernBertConfig(
+        **SMALL,
+        local_attention=8,
+        global_attn_every_n_layers=2,
+        classifier_pooling="cls",
+        cls_token_id=2,
+        sep_token_id=3,
+        bos_token_id=2,
+        eos_token_id=3,
+    ),
+    "modernbert, local last layer": ModernBertConfig(
+        **SMALL,
+        local_attention=8,
+        global_attn_every_n_layers=3,
+        layer_types=["full_attention"] + ["sliding_attention"] * 2,
+        classifier_pooling="cls",
+        cls_token_id=2,
+        sep_token_id=3,
+        bos_token_id=2,
+        eos_token_id=3,
+    ),
+    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
+    "mistral, sliding": MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=5),
+}
+LENGTHS = [7, 30, 3, 12, 12, 29, 1, 30]
+
+
+def make_model(family: str, dtype: torch.dtype = torch.float64):
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_config(CONFIGS[family], dtype=dtype).eval()
+    with torch.no_grad():  # so that scores differ, and a wrong token shows
+        for parameter in model.parameters():
+            parameter.mul_(3) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def make_batch(model) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    real = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    pad = model.config.pad_token_id
+    ids = torch.where(real, torch.randint(4, 60, real.shape, generator=draw), pad)
+    batch = {"input_ids": ids, "attention_mask": real.long()}
+    if model.config.model_type in ("bert", "electra"):
+        batch["token_type_ids"] = (real & (torch.arange(max(LENGTHS)) > 1)).long()
+    return batch
+
+
+def packed_scores(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    assert pack_pairs(batch, LENGTHS, model.config)[0]["input_ids"].shape == (1, sum(LENGTHS))
+    return scores_of(model, batch, LENGTHS, model.config)
+
+
+def gradients(model, scores: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    (scores * torch.linspace(-1, 2, len(scores), dtype=scores.dtype)).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("read_only", [True, False], ids=["read only", "whole last layer"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_packed_logits_and_gradients_are_the_padded_ones(family, read_only):
+    model = make_model(family)
+    batch = make_batch(model)
+    padded = model(**batch).logits[:, 0]
+    wanted = gradients(model, padded)
+    assert enable_packing(model, read_only)
+    packed = packed_scores(model, batch)
+    assert padded.std() > 1e-3
+    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-9)
+    got = gradients(model, packed)
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_model_that_can_pack_still_takes_padded_input_and_can_be_undone(family):
+    model = make_model(family)
+    batch = make_batch(model)
+    with torch.no_grad():
+        before = model(**batch).logits
+        assert enable_packing(model)
+        torch.testing.assert_close(model(**batch).logits, before, rtol=0, atol=1e-12)
+        disable_packing(model)
+        assert torch.equal(model(**batch).logits, before)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_neighbour_in_the_row_changes_nothing(family):
+    model = make_model(family)
+    assert enable_packing(model)
+    batch = make_batch(model)
+    with torch.no_grad():
+        before = packed_scores(model, batch)
+        batch["input_ids"][1, :30] = 7
+        after = packed_scores(model, batch)
+    assert before[1] != after[1]
+    others = [i for i in range(len(LENGTHS)) if i != 1]
+    torch.testing.assert_close(after[others], before[others], rtol=0, atol=1e-12)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = make_model("bert")
+    batch = make_batch(model)
+    enable_packing(model)
+    wanted = gradients(model, packed_scores(model, batch))
+    model.gradient_checkpointing_enable()
+    model.train()
+    got = gradients(model, packed_scores(model, batch))
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=1e-12)
+
+
+def test_dropout_acts_in_a_packed_row():
+    torch.manual_seed(0)
+    model = build_model(dropout=0.3).train()
+    assert enable_packing(model) and model.training
+    batch = {"input_ids": torch.randint(4, 4 + len(WORDS), (8, 30)), "attention_mask": torch.ones(8, 30)}
+    scores = [packed_scores(model, batch | {"input_ids": batch["input_ids"]}) for _ in range(2)]
+    assert (scores[0] - scores[1]).abs().max() > 1e-4
+
+
+def test_attention_by_calls_is_attention_pair_by_pair():
+    torch.manual_seed(0)
+    lengths = [1, 2, 2, 5, 30, 31, 200]
+    packing = make_packing(torch.tensor(lengths).numpy(), "cpu")
+    query, key, value = torch.randn(3, sum(lengths), 2, 4, dtype=torch.float64)
+    wanted = []
+    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+        weights = torch.einsum("qhd,khd->hqk", q, k).div(2).softmax(-1)
+        wanted.append(torch.einsum("hqk,khd->qhd", weights, v))
+    torch.testing.assert_close(attend(query, key, value, packing), torch.cat(wanted), rtol=0, atol=1e-12)
+    assert len(packing.calls) < len(lengths)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("one_query", [False, True])
+def test_attention_by_products_is_the_fused_one(window, one_query):
+    """What a CPU runs in bfloat16 training, against float64, to the rounding of bfloat16."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([1, 9, 9, 12, 40]).numpy()
+    packing = make_packing(lengths, "cpu")
+    states = torch.randn(3, int(lengths.sum()), 2, 8, dtype=torch.float64)
+    exact = [tensor.clone().requires_grad_() for tensor in states]
+    half = [tensor.to(torch.bfloat16).requires_grad_() for tensor in states]
+    contexts = []
+    for query, key, value in (exact, half):
+        context = attend(query[packing.read] if one_query else query, key, value, packing, window=window)
+        (context * torch.linspace(-1, 1, context.numel()).view_as(context)).sum().backward()
+        contexts.append(context)
+    torch.testing.assert_close(contexts[1].double(), contexts[0], rtol=0.05, atol=0.02)
+    for rough, fine in zip(half, exact, strict=True):
+        torch.testing.assert_close(rough.grad.double(), fine.grad, rtol=0.1, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DebertaV2Config(**SMALL, **STILL, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+        MPNetConfig(**SHIFTED),
+        ModernBertConfig(
+            **SMALL, classifier_pooling="mean", cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_families_fall_back_to_padding_and_say_so_once(config, caplog):
+    caplog.set_level(logging.INFO, logger="lce_trainer")
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert not enable_packing(model)
+    assert caplog.text.count("cannot be packed: padding") == 1
+    batch = pad_pairs_of(model)
+    assert model(**batch).logits.shape == (2, 1)
+
+
+def pad_pairs_of(model) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([[4, 5, 6], [4, 5, model.config.pad_token_id]])
+    return {"input_ids": ids, "attention_mask": (ids != model.config.pad_token_id).long()}
+
+
+def test_a_model_whose_packed_scores_differ_falls_back(caplog):
+    model = build_model().eval()
+    # Positions by an own rule, as a changed copy of a model might have.
+    embed = model.bert.embeddings.forward
+    model.bert.embeddings.forward = lambda *args, position_ids=None, **kwargs: embed(*args, **kwargs)
+    assert not enable_packing(model)
+    assert "packed" in caplog.text and "padding" in caplog.text
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_is_saved_is_the_stock_model(tmp_path):
+    model = build_model()
+    enable_packing(model)
+    model.save_pretrained(tmp_path)
+    assert "lce_packed" not in (tmp_path / "config.json").read_text()
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert again.config._attn_implementation == "sdpa"
