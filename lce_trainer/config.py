@@ -44,7 +44,9 @@ class LLMConfig:
         None, "URL of a server (TGI, vLLM, llama.cpp, an Inference Endpoint); the model then runs there."
     )
     dtype: str = _option("auto", "float32, bfloat16, float16, or auto: bfloat16 where the hardware multiplies it.")
-    batch_tokens: int = _option(2048, "Tokens of prompt a forward pass holds at most (local models).")
+    batch_tokens: int | None = _option(
+        None, "Tokens of prompt a forward pass holds at most (local models); null: 1024 on a CPU, 16384 elsewhere."
+    )
     concurrency: int = _option(16, "Requests in flight at once (endpoint).")
     timeout: float = _option(60.0, "Seconds to wait for one answer (endpoint).")
     retries: int = _option(5, "Tries of one request before it is an error (endpoint).")

@@ -4,8 +4,8 @@ import copy
 import hashlib
 import importlib.metadata
 import logging
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,16 @@ import transformers
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lce_trainer.artifacts import file_sha256
+from lce_trainer.artifacts import digest, file_sha256
 from lce_trainer.config import LLMConfig
 from lce_trainer.errors import LLMError
 from lce_trainer.packaged import resolve_model
 from lce_trainer.precision import DTYPES, resolve_dtype
 
 logger = logging.getLogger(__name__)
+
+_MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "tokenizer*", "vocab*", "merges.txt")
+_BLOCK = 1 << 15
 
 
 def load_model(config: LLMConfig) -> tuple[Any, Any]:
@@ -66,6 +69,34 @@ def load_model(config: LLMConfig) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def model_name(model: str) -> str:
+    """What a model is called in artifacts and journals: never a path of the machine.
+
+    A Hub id and ``package:NAME`` say which model it is. Two folders or files may have the same
+    name, so theirs carries a digest of what is in them, which moves along with the files.
+
+    Args:
+        model: ``llm.model`` of a recipe.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        return path.name if path.is_absolute() else model
+    files = [path] if path.is_file() else sorted(file for kind in _MODEL_FILES for file in path.glob(kind))
+    what = [(file.name if path.is_dir() else "", file.stat().st_size, _sampled_sha256(file)) for file in files]
+    return f"{path.name.strip('.') or path.resolve().name}@{digest(what)[:8]}"
+
+
+def _sampled_sha256(path: Path) -> str:
+    """SHA-256 of blocks all over a file: two fine-tunes of one model differ in more than a 64th of it."""
+    size = path.stat().st_size
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in sorted({size * part // 64 for part in range(64)}):
+            file.seek(start)
+            sha256.update(file.read(_BLOCK))
+    return sha256.hexdigest()
+
+
 def _converted(gguf: Path, dtype: torch.dtype) -> Path:
     """The folder of a GGUF file's weights as safetensors in ``dtype``, made the first time it is asked for.
 
@@ -82,7 +113,8 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
     logger.info("unpacking %s into %s; this takes a minute, once", gguf.name, folder)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
+        part = cache / f".{folder.name}.{secrets.token_hex(4)}"
+        part.mkdir()  # tempfile's folders are for their owner alone; this one is for who may use HF_HOME
     except OSError as error:
         raise LLMError(f"cannot write {cache} ({error.strerror}): set HF_HOME to a folder that you can write") from None
     try:
@@ -101,6 +133,8 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
         plain.generation_config = model.generation_config
         plain.save_pretrained(part)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+        for file in part.iterdir():  # safetensors writes for the owner alone
+            file.chmod(part.stat().st_mode & 0o666)
         try:
             part.rename(folder)
         except OSError:

@@ -20,6 +20,8 @@ MAKING = {
     "llm_local",
     "llm_endpoint",
     "llm_loading",
+    "llm_tree",
+    "llm_decode",
     "queries",
     "retrieval",
     "warmup",

@@ -1,6 +1,9 @@
 """The local model: tiny random Llama and Gemma models in float64, against computations written out naively."""
 
 import json
+import os
+import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from transformers import (
 from lce_trainer.config import LLMConfig
 from lce_trainer.errors import ConfigError, LLMError
 from lce_trainer.llm import EndpointLLM, TransformersLLM, load_llm
-from lce_trainer.llm_local import _gumbel
+from lce_trainer.llm_decode import _gumbel
 
 SHOTS = "passage: the red fish swims in the cold river. query: where does the red fish live?\n"
 PASSAGES = ["a bird lives in the old tree", "rain falls on the hill", "the moon shines on snow and sand at night"]
@@ -89,6 +92,10 @@ def llm(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Transformer
     return TransformersLLM(LLMConfig(model=str(folders[request.param]), dtype=DTYPES[request.param], batch_tokens=64))
 
 
+def exact(llm: TransformersLLM) -> float:
+    return EXACT[llm.name.partition("@")[0]]
+
+
 def naive_logprobs(llm: TransformersLLM, text: str) -> tuple[list[int], torch.Tensor]:
     """Token ids of a text and the log-probabilities after each, one sequence alone, no cache."""
     ids = llm._tokenizer(text)["input_ids"]
@@ -114,12 +121,12 @@ def test_scores_equal_those_of_each_pair_alone_without_cache(llm, batch_tokens):
     expected = [naive_score(llm, *pair) for pair in pairs]
     for some in (pairs[:12], pairs):  # with the few-shot prefix shared, and with hardly anything shared
         scores = llm.score(*map(list, zip(*some, strict=True)))
-        assert scores == pytest.approx(expected[: len(some)], abs=EXACT[llm.name])
+        assert scores == pytest.approx(expected[: len(some)], abs=exact(llm))
 
 
 def test_scores_of_one_pair_and_of_none(llm):
     expected = [naive_score(llm, prompts()[0], QUERIES[1])]
-    assert llm.score([prompts()[0]], [QUERIES[1]]) == pytest.approx(expected, abs=EXACT[llm.name])
+    assert llm.score([prompts()[0]], [QUERIES[1]]) == pytest.approx(expected, abs=exact(llm))
     assert llm.score([], []) == llm.complete([], **sampling(0)) == llm.choose([], [["a"], ["b"]]) == []
 
 
@@ -242,7 +249,7 @@ def test_choice_is_the_mass_of_each_options_first_tokens(llm):
     for prompt, answer in zip(prompts(), answers, strict=True):
         _, logprobs = naive_logprobs(llm, prompt)
         masses = [sum(float(logprobs[-1, token].exp()) for token in ids(llm, option)) for option in options]
-        assert answer == pytest.approx([mass / sum(masses) for mass in masses], abs=EXACT[llm.name])
+        assert answer == pytest.approx([mass / sum(masses) for mass in masses], abs=exact(llm))
 
 
 def test_a_form_counts_by_its_first_token_after_the_prompt(llm):
@@ -295,8 +302,24 @@ def test_nothing_is_loaded_before_the_first_question(tmp_path):
 def test_a_name_holds_no_path_of_the_machine(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(folders["llama"].parent)
     names = ["tiny-llama", str(folders["llama"]), "./tiny-llama", "~/models/x.gguf", "org/model", "package:some_gguf"]
-    expected = ["tiny-llama", "tiny-llama", "tiny-llama", "x.gguf", "org/model", "package:some_gguf"]
-    assert [TransformersLLM(LLMConfig(model=name)).name for name in names] == expected
+    found = [TransformersLLM(LLMConfig(model=name)).name for name in names]
+    assert re.fullmatch("tiny-llama@[0-9a-f]{8}", found[0])
+    assert found == [found[0]] * 3 + ["x.gguf", "org/model", "package:some_gguf"]
+
+
+def test_local_models_of_one_name_never_share_answers(folders, tmp_path):
+    def name(path):
+        return TransformersLLM(LLMConfig(model=str(path))).name
+
+    places = [tmp_path / place / "tiny-llama" for place in ("moved", "tuned", "other tokenizer")]
+    for place in places:
+        shutil.copytree(folders["llama"], place)
+    moved, tuned, other = places
+    (moved / "README.md").write_text("Not part of the model.")
+    (tuned / "model.safetensors").write_bytes(bytes(reversed((tuned / "model.safetensors").read_bytes())))
+    (other / "tokenizer_config.json").write_text("{}")
+    assert name(moved) == name(folders["llama"])
+    assert len({name(place) for place in places}) == 3
 
 
 def test_wrong_settings_are_named(folders, tmp_path):
@@ -362,9 +385,15 @@ def test_a_gguf_file_is_unpacked_once_and_never_half(folders, tmp_path, monkeypa
     assert list((tmp_path / "home" / "lce_trainer").iterdir()) == []
 
     pairs = [prompts(), QUERIES[:3]]
-    assert llm.name == "tiny.gguf"
+    before = os.umask(0o027)
+    try:
+        llm.score(*pairs)
+    finally:
+        os.umask(before)
+    assert re.fullmatch("tiny.gguf@[0-9a-f]{8}", llm.name)
     assert llm.score(*pairs) == pytest.approx(plain.score(*pairs), abs=1e-5)
-    assert len(list((tmp_path / "home" / "lce_trainer").iterdir())) == 1
+    (folder,) = (tmp_path / "home" / "lce_trainer").iterdir()
+    assert {oct(path.stat().st_mode & 0o777) for path in [folder, *folder.iterdir()]} == {"0o750", "0o640"}
     monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.save_pretrained", partial(fail, AssertionError()))
     again = TransformersLLM(LLMConfig(model=str(file), dtype="float32"))
     assert again.score(*pairs) == llm.score(*pairs)
