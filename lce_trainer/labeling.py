@@ -199,8 +199,9 @@ def _judge(
         digest({"judge": config.judge, "llm": llm.name, "pair": render(index), "options": asked})
         for index in tqdm(range(len(pairs)), desc="preparing", unit=" pairs", delay=5)
     ]
-    lengths = [len(pairs[index][1]) for index in order]
-    batches = [[int(order[place]) for place in batch] for batch in plan_batches(lengths, seed)]
+    # The queries asked about one passage are asked together: the LLM reads it once for all of them.
+    passages = [pairs[index][1] for index in order]
+    batches = [[int(order[place]) for place in batch] for batch in plan_batches(passages, seed)]
     answers = ask(journal, keys, batches, call, "judging")
     return np.array([math.nan if answer is None else answer for answer in answers], dtype=np.float64)
 

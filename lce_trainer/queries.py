@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import datasets
 import numpy as np
@@ -26,9 +26,9 @@ QUERIES_FEATURES = datasets.Features(
 )
 # A query is one line; what a base model writes after it is the next example.
 _STOP = ("\n",)
-# Prompts handed to the LLM at once, which is also what a killed run loses; the LLM cuts them to its memory.
-_BATCH = 32
-_WINDOW = 8
+# Prompts handed to the LLM at once, which is also what a killed run loses; the LLM sorts and cuts them to its memory.
+_BATCH = 128
+_WINDOW = 16
 
 _REASONS = ("empty", "too_short", "too_long", "copied", "echo", "roundtrip", "duplicate")
 _WORD = re.compile(r"\w+")
@@ -103,7 +103,7 @@ def generate_queries(
             stop=_STOP,
         )
 
-    batches = plan_batches([len(prompts[row]) for row, _ in items], seed)
+    batches = plan_batches([row for row, _ in items], seed)
     queries = [clean_query(text) for text in ask(journal, keys, batches, complete, "writing queries")]
 
     reasons = _reasons_to_drop(queries, [texts[row] for row, _ in items], _echoes(prompt, config), config)
@@ -134,28 +134,41 @@ def generate_queries(
     return datasets.Dataset.from_list(rows, features=QUERIES_FEATURES), counts
 
 
-def plan_batches(lengths: Sequence[int], seed: int, size: int = _BATCH, window: int = _WINDOW) -> list[list[int]]:
-    """Batches of like length whose every prefix is a fair sample of the work.
+def plan_batches(belongs: Sequence[Hashable], seed: int, size: int = _BATCH, window: int = _WINDOW) -> list[list[int]]:
+    """Batches in which what shares a prompt comes together, and whose every prefix is a fair sample of the work.
 
-    Sorting all of the work by length would make whatever is done first the shortest. Here only
-    a window of a few batches is sorted, and its batches are taken in random order.
+    Only a window of the work is regrouped, and its groups are taken in random order: by size or
+    length, or as they first appear, what is done first would be the shortest or the most popular.
+    Each window is twice the last one, so the more work there is, the more of it shares a prompt,
+    and still at any time half of what is done are windows done whole.
 
     Args:
-        lengths: Of each item; the items must already be in random order.
-        seed: Seeds the order of batches in a window.
-        size: Items of a batch at most.
-        window: Batches of a window.
+        belongs: Of each item, its group; the items must already be in random order.
+        seed: Seeds the order of groups in a window.
+        size: Items of a batch at most; a group is cut only if it is larger.
+        window: Batches of the first window.
 
     Returns:
         Indices of the items, a list a batch. More items leave all whole windows as they are.
     """
     batches = []
-    for number, start in enumerate(range(0, len(lengths), size * window)):
-        inside = range(start, min(start + size * window, len(lengths)))
-        ordered = sorted(inside, key=lambda item: lengths[item])
-        cut = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-        order = np.random.default_rng((seed, number)).permutation(len(cut))
-        batches += [cut[i] for i in order]
+    start, end = 0, size * window
+    while start < len(belongs):
+        groups: dict[Hashable, list[int]] = {}
+        for item in range(start, min(end, len(belongs))):
+            groups.setdefault(belongs[item], []).append(item)
+        members = list(groups.values())
+        batch: list[int] = []
+        for number in np.random.default_rng((seed, start)).permutation(len(members)):
+            if batch and len(batch) + len(members[number]) > size:
+                batches.append(batch)
+                batch = []
+            batch += members[number]
+            while len(batch) > size:
+                batches.append(batch[:size])
+                batch = batch[size:]
+        batches.append(batch)
+        start, end = end, end + 2 * (end - start)
     return batches
 
 

@@ -263,10 +263,10 @@ def test_killed_labeling_resumes_to_the_same_bytes(tmp_path):
     whole.mkdir()
     killed.mkdir()
     label_file(whole, None)
-    code = "import sys, pathlib, test_labeling; test_labeling.label_file(pathlib.Path(sys.argv[1]), 7)"
+    code = "import sys, pathlib, test_labeling; test_labeling.label_file(pathlib.Path(sys.argv[1]), 3)"
     run = subprocess.run([sys.executable, "-c", code, str(killed)], cwd=Path(__file__).parent, capture_output=True)
     assert run.returncode == -9, run.stderr
-    assert len((killed / "asked.jsonl").read_text().splitlines()) == 7 * 32
+    assert 3 * 120 < len((killed / "asked.jsonl").read_text().splitlines()) <= 3 * 128
     label_file(killed, None)
     asked = (killed / "asked.jsonl").read_text().splitlines()
     assert sorted(asked) == sorted((whole / "asked.jsonl").read_text().splitlines())
