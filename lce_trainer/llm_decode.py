@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -191,21 +192,24 @@ def _read(
         budget: See :func:`decode`.
     """
     width = max(map(len, tails))
+    distinct = list(dict.fromkeys(map(tuple, tails)))  # several answers to one prompt read it once
+    number = {tail: place for place, tail in enumerate(distinct)}
+    owner = np.array([number[tuple(tail)] for tail in tails])
     logits, whole = torch.empty(0), DynamicCache()
-    for batch in cut_batches([len(tail) for tail in tails], budget):
-        longest = len(tails[batch[0]])
-        ids = torch.tensor([tails[i] + [0] * (longest - len(tails[i])) for i in batch], device=model.device)
-        ends = torch.tensor([[len(tails[i]) - 1] for i in batch], device=model.device)
-        rows = torch.tensor(batch, device=model.device)
+    for batch in cut_batches([len(tail) for tail in distinct], budget):
+        longest = len(distinct[batch[0]])
+        ids = [[*distinct[i], *[0] * (longest - len(distinct[i]))] for i in batch]
+        ends = torch.tensor([[len(distinct[i]) - 1] for i in batch], device=model.device)
+        start = DynamicCache() if cache is None else expanded(cache, len(batch))
         with only(model, torch.arange(longest, device=model.device) == ends):
-            start = DynamicCache() if cache is None else expanded(cache, len(batch))
-            output = model(ids, past_key_values=start, use_cache=True)
+            output = model(torch.tensor(ids, device=model.device), past_key_values=start, use_cache=True)
+        rows, read = (torch.from_numpy(found).to(model.device) for found in np.nonzero(owner[:, None] == batch))
         if not whole.layers:
             logits = output.logits.new_empty(len(tails), output.logits.shape[-1])
             whole.layers = [_Room(layer.keys, len(tails), past + room) for layer in start.layers]
-        logits[rows] = output.logits[0]
-        for layer, read in zip(whole.layers, start.layers, strict=True):
-            layer.fill(rows, read.keys, read.values)
+        logits[rows] = output.logits[0, read]
+        for layer, filled in zip(whole.layers, start.layers, strict=True):
+            layer.fill(rows, filled.keys[read], filled.values[read])
     for layer in whole.layers:
         layer.use(past + width)
     return logits, whole
