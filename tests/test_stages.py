@@ -143,14 +143,13 @@ GENERATE = [
     Moment("open", "passages/bm25/vocab.index.json"),
     Moment("os.rename", "passages/manifest.json"),
     Moment("journal", "queries"),
-    Moment("journal", "queries", 2),
     Moment("os.rename", "queries/train.parquet"),
 ]
 LABEL = [
     Moment("os.rename", "candidates/manifest.json"),
     Moment("journal", "groups"),
-    Moment("journal", "groups", 15),
-    Moment("journal", "groups", 7),
+    Moment("journal", "groups", 3),
+    Moment("journal", "groups", 2),
     Moment("os.rename", "groups/manifest.json"),
 ]
 WARM_START = [
