@@ -73,7 +73,8 @@ class GroupCollator:
             ``teacher`` (NaN where unknown), shape ``(groups, width)``; ``target``, shape
             ``(groups,)``; and on the host, for those who cut the batch: ``group_sizes``,
             ``lengths`` (tokens of each pair), ``query_ids``, ``cut_pairs``. No rows at all give
-            one empty pair and no group, so that every rank has something to run.
+            one empty pair and no group, so that every rank has something to run. What the last row
+            tells of its ``stream`` is passed on.
         """
         groups = [self._draw(row) for row in rows if row is not None]
         sizes = [len(group["passages"]) for group in groups]
@@ -82,6 +83,7 @@ class GroupCollator:
             self.tokenizer, queries or [""], passages or [[""]], self.max_length, self.max_query_length
         )
         mask = torch.arange(max(sizes, default=0)) < torch.tensor(sizes, dtype=torch.long)[:, None]
+        told = [row["stream"] for row in rows if row is not None and "stream" in row][-1:]
         return {
             **pad_pairs(self.tokenizer, encoded, self.pad_to_multiple_of),
             "mask": mask,
@@ -92,6 +94,7 @@ class GroupCollator:
             "lengths": [len(ids) for ids in encoded["input_ids"]],
             "query_ids": [group["query_id"] for group in groups],
             "cut_pairs": cut if groups else 0,
+            **({"stream": told[0]} if told else {}),
         }
 
     def _draw(self, row: Mapping[str, Any]) -> dict[str, Any]:

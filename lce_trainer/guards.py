@@ -26,6 +26,7 @@ from transformers import (
 from lce_trainer.errors import GroupsError, TrainingError
 from lce_trainer.groups import check_groups, validate_groups
 from lce_trainer.loading import longest_input, match_padding
+from lce_trainer.streaming import check_stream, is_stream
 from lce_trainer.training_args import LCETrainingArguments
 from lce_trainer.yes_no import answers_of
 
@@ -40,10 +41,15 @@ _GROUP_SUMS = ("groups", "loss", "guessing", "gain_squared", "accuracy", "one_in
 def usable_groups(groups: Any, args: LCETrainingArguments) -> tuple[datasets.Dataset, dict[str, int]]:
     """Groups that can be trained on, and the counts of :func:`lce_trainer.groups.validate_groups`.
 
+    A stream is returned as it is: its rows are looked at when they come.
+
     Raises:
         TrainingError: None is usable, or there is nothing to distil from.
         GroupsError: The rows are not groups.
     """
+    if is_stream(groups):
+        check_stream(groups, args)
+        return groups, {}
     if not isinstance(groups, datasets.Dataset):
         raise TrainingError(f"train_dataset must be a datasets.Dataset of groups, not {type(groups).__name__}")
     usable, counts = validate_groups(groups)
@@ -84,7 +90,7 @@ def check_eval(groups: Any, name: str, train: datasets.Dataset | None) -> None:
     relevant = pc.greater(pc.list_flatten(table["labels"]), 0).to_numpy()
     if empty := len(groups) - len(np.unique(np.repeat(np.arange(len(groups)), lengths)[relevant])):
         logger.warning("%s: %d of %d groups hold no positive; they count as 0", name, empty, len(groups))
-    if train is not None:
+    if isinstance(train, datasets.Dataset):
         _report_overlap(table, relevant, name, train)
 
 

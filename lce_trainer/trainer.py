@@ -35,8 +35,9 @@ from lce_trainer.loss import distillation_loss, lce_loss
 from lce_trainer.metrics import group_metrics
 from lce_trainer.notes import RAW_SCORES, write_notes
 from lce_trainer.packing import batch_scores, enable_packing, packed_scores, packs, padded_scores
-from lce_trainer.sampling import EpochGroups, GroupSampler
+from lce_trainer.sampling import GroupSampler
 from lce_trainer.score_cache import cache_gradients, cut_step, replayed
+from lce_trainer.streaming import StreamWatch, is_stream, training_rows
 from lce_trainer.training_args import LCETrainingArguments
 from lce_trainer.yes_no import answers_of
 
@@ -66,7 +67,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         model: str | Path | PreTrainedModel | None = None,
         args: LCETrainingArguments | None = None,
         data_collator: GroupCollator | None = None,
-        train_dataset: datasets.Dataset | None = None,
+        train_dataset: datasets.Dataset | datasets.IterableDataset | None = None,
         eval_dataset: EvalDataset = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
@@ -78,7 +79,8 @@ class LCETrainer(Trainer):  # type: ignore[misc]
                 (Hub id, folder, ``package:``); a base gets a new head, drawn from ``args.seed``.
             args: The settings.
             data_collator: Built from ``args`` if None.
-            train_dataset: Groups; those that teach nothing are dropped and counted.
+            train_dataset: Groups; those that teach nothing are dropped and counted. A stream of them
+                needs ``max_steps``, and is read in its order; see :mod:`lce_trainer.streaming`.
             eval_dataset: Groups, or several sets by name. Every passage of a group is ranked.
             processing_class: The tokenizer; the model's own if the model is given by name.
             **kwargs: As ``transformers.Trainer`` takes them.
@@ -117,8 +119,10 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         check_model(self.accelerator.unwrap_model(self.model), processing_class, args)
         self.tally = Tally()
         self.watch = LearningWatch()
+        self.stream_watch = StreamWatch()
         self.add_callback(self.watch)
         self.add_callback(TellForecast(self))
+        self.add_callback(self.stream_watch)
         default = 256 if args.device.type == "cpu" else 16384
         if args.packing == "auto":
             with self.accelerator.autocast():
@@ -132,7 +136,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         if self.train_dataset is None:
             raise TrainingError("training needs a train_dataset of groups")
         loader: DataLoader[Batch] = self._get_dataloader(
-            dataset=EpochGroups(self.train_dataset),
+            dataset=training_rows(self.train_dataset, self._train_batch_size, self.args),
             description="Training",
             batch_size=self._train_batch_size,
             sampler_fn=self._get_train_sampler,
@@ -168,6 +172,8 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """Groups in the whole optimizer step, over accumulated batches and ranks."""
+        if is_stream(self.train_dataset):
+            self.counts = self.stream_watch.see(batch_samples, self.accelerator)
         groups = sum(len(batch["group_sizes"]) for batch in batch_samples)
         total: Tensor = self.accelerator.reduce(torch.tensor(float(groups), device=device), reduction="sum")
         return total

@@ -130,6 +130,8 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             super().__post_init__()
         except ValueError as error:
             raise ConfigError(" ".join(str(error).split())) from None
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False  # of a stream: our batches are no plain tensors
         self._check()
 
     def _check(self) -> None:
@@ -150,6 +152,10 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             raise ConfigError("remove_unused_columns must be false: the groups' columns are not the model's inputs")
         if self.ddp_broadcast_buffers:
             raise ConfigError("ddp_broadcast_buffers must be false: ranks may run a different number of forward passes")
+        if self.accelerator_config.dispatch_batches or self.accelerator_config.split_batches:
+            raise ConfigError(
+                "accelerator_config: dispatch_batches and split_batches must be false: ranks make batches"
+            )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ConfigError(
                 f"train_sampling_strategy must be random or sequential, not {self.train_sampling_strategy!r}: "

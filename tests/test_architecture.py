@@ -38,6 +38,7 @@ LEARNING |= {
     "loading",
     "score_cache",
     "lockstep",
+    "streaming",
 }
 LEARNING |= {"attention", "packing"}
 SHARING = {"cards", "hub"}

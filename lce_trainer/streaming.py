@@ -1,0 +1,269 @@
+"""Groups from a stream: rows in the order it gives them, pass after pass, on every rank the same.
+
+``transformers`` and ``accelerate`` know neither how long a stream is nor where in it a run stopped.
+So the trainer sees one endless epoch, in which it finds its place again by counting batches, and
+each pass over the stream is an epoch of the sampling inside of it.
+"""
+
+import copy
+import logging
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, count, islice
+from typing import Any, TypeAlias
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lce_trainer.errors import GroupsError, TrainingError
+from lce_trainer.sampling import EpochGroups
+from lce_trainer.training_args import LCETrainingArguments
+
+logger = logging.getLogger(__name__)
+
+Row: TypeAlias = dict[str, Any]
+
+_REQUIRED = ("query", "passages", "labels")
+
+
+def is_stream(groups: Any) -> bool:
+    """Whether groups can only be read one after the other."""
+    return isinstance(groups, (datasets.IterableDataset, IterableDataset))
+
+
+def check_stream(stream: Any, args: LCETrainingArguments) -> None:
+    """Check what can be checked before a stream is read.
+
+    Raises:
+        TrainingError: The settings need a length, or scores that the stream does not have.
+        GroupsError: The stream says that it has other columns than those of groups.
+    """
+    if args.max_steps <= 0:
+        raise TrainingError("a streamed train_dataset has no length: set max_steps")
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(args, name) == "epoch":
+            raise TrainingError(f"{name} is epoch, but a streamed train_dataset does not say when one ends: set steps")
+    columns = getattr(stream, "column_names", None)
+    if columns is None:
+        return
+    if missing := [name for name in _REQUIRED if name not in columns]:
+        raise GroupsError(
+            f"a stream of groups needs the columns {', '.join(_REQUIRED)}; missing: {', '.join(missing)}; there are: "
+            f"{', '.join(columns)}. lce_trainer.to_groups turns other layouts into groups, but not as a stream"
+        )
+    if args.distillation_weight and "scores" not in columns:
+        raise TrainingError("distillation_weight is above 0, but the stream has no column scores to learn from")
+
+
+def training_rows(groups: Any, batch_size: int, args: LCETrainingArguments) -> "StreamedGroups | EpochGroups":
+    """What a DataLoader reads: rows that know their epoch.
+
+    Args:
+        groups: A dataset, or a stream.
+        batch_size: Groups of a batch on one rank.
+        args: How many ranks there are and how many batches make a step.
+    """
+    if not is_stream(groups):
+        return EpochGroups(groups)
+    batch = batch_size * args.world_size
+    return StreamedGroups(groups, batch, args.gradient_accumulation_steps, args.dataloader_drop_last)
+
+
+class StreamedGroups(IterableDataset[Row | None]):
+    """The usable rows of a stream without end, each with its ``epoch``: the pass it comes from.
+
+    The last step of a pass is filled up with None, so that no step mixes two passes. Every rank and
+    every worker reads the whole stream, and takes its part of each step.
+    """
+
+    def __init__(self, stream: Iterable[Row], batch: int, batches: int, drop_last: bool = False) -> None:
+        """Describe the steps.
+
+        Args:
+            stream: Starts over each time it is iterated, on every rank in the same order; one that
+                has a ``set_epoch`` is told the pass.
+            batch: Groups of a batch, over all ranks.
+            batches: Batches accumulated in a step.
+            drop_last: Leave the last groups of a pass out instead of filling up.
+        """
+        self.stream = stream
+        self.batch = batch
+        self.step = batch * batches
+        self.drop_last = drop_last
+        self.over = False
+
+    def set_epoch(self, epoch: int) -> None:
+        """The trainer's epoch: there is one, so a second is that of a resumed run that was over."""
+        self.over = epoch > 0
+
+    def __iter__(self) -> Iterator[Row | None]:
+        worker = get_worker_info()
+        # The epoch of a stream of the datasets library lies in memory that its workers share.
+        stream = self.stream if worker is None else copy.deepcopy(self.stream)
+        batches = chain.from_iterable(self._batches(stream, epoch) for epoch in (() if self.over else count()))
+        # A DataLoader takes a batch from each worker in turn.
+        for batch in islice(batches, worker.id if worker else 0, None, worker.num_workers if worker else 1):
+            yield from batch
+
+    def _batches(self, stream: Iterable[Row], epoch: int) -> Iterator[list[Row | None]]:
+        """One pass, in whole steps."""
+        rows = _usable_rows(stream, epoch)
+        steps = 0
+        while taken := list(islice(rows, self.step)):
+            if len(taken) < self.step and self.drop_last:
+                break
+            steps += 1
+            places = [*taken, *[None] * (self.step - len(taken))]
+            for start in range(0, self.step, self.batch):
+                batch = places[start : start + self.batch]
+                seen = zlib.crc32("\0".join(row["query_id"] for row in batch if row).encode())
+                yield [row and {**row, "stream": (*row["stream"], seen)} for row in batch]
+        if not steps:
+            raise TrainingError(f"the stream holds less than one step of {self.step} groups: no dataloader_drop_last")
+
+
+def _usable_rows(stream: Iterable[Row], epoch: int) -> Iterator[Row]:
+    """Groups that teach something, each with how many rows of the pass were read and left out up to it."""
+    if hasattr(stream, "set_epoch"):
+        stream.set_epoch(epoch)
+    read = no_positive = no_negative = 0
+    held: Row | None = None
+    for row in _rows(stream):
+        group = _group(row, read)
+        read += 1
+        positives = sum(label > 0 for label in group["labels"])
+        if not positives:
+            no_positive += 1
+        elif positives == len(group["labels"]):
+            no_negative += 1
+        else:
+            if held is not None:
+                yield held
+            held = {**group, "epoch": epoch, "stream": (epoch, read, no_positive, no_negative)}
+    if held is None and not read:
+        again = f" on pass {epoch + 1}: it must start over each time it is iterated" if epoch else ""
+        raise TrainingError(f"the stream gave no row{again}")
+    if held is None:
+        raise TrainingError(
+            f"none of {read} groups of the stream is usable: {no_positive} have no positive and {no_negative} no "
+            "negative"
+        )
+    # The last one also tells of those after it.
+    yield {**held, "stream": (epoch, read, no_positive, no_negative)}
+
+
+def _rows(stream: Iterable[Row]) -> Iterator[Row]:
+    if not isinstance(stream, datasets.IterableDataset):
+        yield from stream
+        return
+    # Iterated by rows inside a DataLoader's worker, it would give this worker's files only.
+    for batch in stream.iter(batch_size=64):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def _group(row: Mapping[str, Any], number: int) -> Row:
+    """A row as a group.
+
+    Raises:
+        GroupsError: It is none; says why.
+    """
+    where = f"row {number} of the stream"
+    if missing := [name for name in _REQUIRED if row.get(name) is None]:
+        raise GroupsError(f"{where} has no {', '.join(missing)}; it has: {', '.join(row)}")
+    query, passages = row["query"], list(row["passages"])
+    if not isinstance(query, str) or not all(isinstance(text, str) for text in passages):
+        raise GroupsError(f"{where}: query and passages must be texts")
+    try:
+        labels = np.asarray(row["labels"], dtype=np.float32)
+    except (TypeError, ValueError):
+        labels = np.array([np.nan])
+    if not np.isfinite(labels).all() or labels.ndim != 1:
+        raise GroupsError(f"{where}: a label is not a finite number")
+    scores = row.get("scores")
+    for name, have in (("labels", len(labels)), ("scores", len(passages) if scores is None else len(scores))):
+        if have != len(passages):
+            raise GroupsError(f"{where}: {have} {name} for {len(passages)} passages")
+    order = np.argsort(labels <= 0, kind="stable").tolist()  # positives first, as validate_groups puts them
+    return {
+        "query_id": query if row.get("query_id") is None else str(row["query_id"]),
+        "query": query,
+        "passages": [passages[i] for i in order],
+        "labels": labels[order].tolist(),
+        "scores": None if scores is None else [scores[i] for i in order],
+    }
+
+
+class StreamWatch(TrainerCallback):  # type: ignore[misc]
+    """Says after each pass over a stream what was left out of it, and that all ranks read the same.
+
+    Attributes:
+        counts: Groups of the pass so far, as :func:`lce_trainer.groups.validate_groups` counts them.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = -1
+        self.counts: dict[str, int] = {}
+
+    def see(self, batches: list[dict[str, Any]], accelerator: Any) -> dict[str, int]:
+        """Take in a step, and return the counts of the pass.
+
+        Args:
+            batches: This rank's, each with the ``stream`` of its last row, if it has one.
+            accelerator: Joins the ranks.
+
+        Raises:
+            TrainingError: The ranks read different rows.
+        """
+        told = [batch.get("stream") for batch in batches]
+        last = next((some for some in reversed(told) if some), (-1,) * 5)
+        first = told[0][-1] if told and told[0] else -1
+        ranks = accelerator.gather(torch.tensor([[*last[:-1], first]], device=accelerator.device)).tolist()
+        if len({seen for *_, seen in ranks} - {-1}) > 1:
+            raise TrainingError(
+                "the ranks read different rows of the stream: pass it whole, not split by node, and shuffle it with a "
+                "seed"
+            )
+        epoch, read, no_positive, no_negative, _ = max(ranks)
+        if epoch < 0:
+            return self.counts
+        if epoch != self.epoch:
+            self.report()
+        self.epoch = epoch
+        self.counts = {
+            "groups_read": read,
+            "groups": read - no_positive - no_negative,
+            "groups_without_positive": no_positive,
+            "groups_without_negative": no_negative,
+        }
+        return self.counts
+
+    def report(self) -> None:
+        """Log the counts of the pass."""
+        if not self.counts:
+            return
+        dropped = self.counts["groups_read"] - self.counts["groups"]
+        logger.log(
+            logging.WARNING if dropped else logging.INFO,
+            "pass %d over the stream: %d groups read, %d left out: %d without a positive, %d without a negative",
+            self.epoch + 1,
+            self.counts["groups_read"],
+            dropped,
+            self.counts["groups_without_positive"],
+            self.counts["groups_without_negative"],
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget an earlier run."""
+        self.__init__()  # type: ignore[misc]
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The last pass may not be over."""
+        self.report()
