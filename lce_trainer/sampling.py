@@ -13,6 +13,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from lce_trainer.errors import GroupsError
+from lce_trainer.training_args import LCETrainingArguments
 
 Item = tuple[int, int] | None  # (epoch, row), or None: a place that pads the last batch of an epoch
 
@@ -138,6 +139,18 @@ class GroupSampler(Sampler[Item]):
 
     def __len__(self) -> int:
         return self.places
+
+
+def group_sampler(rows: int, batch_size: int, args: LCETrainingArguments, epoch: Callable[[], int]) -> GroupSampler:
+    """The sampler of a run; ``batch_size`` counts the groups of a batch on one rank."""
+    return GroupSampler(
+        rows,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        epoch=epoch,
+        multiple=batch_size * args.world_size,
+        shuffle=args.train_sampling_strategy == "random",
+        drop_last=args.dataloader_drop_last,
+    )
 
 
 class EpochGroups(Dataset[dict[str, Any] | None]):

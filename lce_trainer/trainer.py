@@ -35,7 +35,7 @@ from lce_trainer.loss import distillation_loss, lce_loss
 from lce_trainer.metrics import group_metrics
 from lce_trainer.notes import RAW_SCORES, write_notes
 from lce_trainer.packing import batch_scores, enable_packing, packed_scores, packs, padded_scores
-from lce_trainer.sampling import GroupSampler
+from lce_trainer.sampling import GroupSampler, group_sampler
 from lce_trainer.score_cache import cache_gradients, cut_step, replayed
 from lce_trainer.streaming import StreamWatch, is_stream, training_rows
 from lce_trainer.training_args import LCETrainingArguments
@@ -145,14 +145,9 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
-        return GroupSampler(
-            len(self.train_dataset),
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            # The state's epoch is right when an epoch starts, in fresh, resumed and many-rank runs alike.
-            epoch=lambda: int(self.state.epoch or 0),
-            multiple=self._train_batch_size * self.args.world_size,
-            shuffle=self.args.train_sampling_strategy == "random",
-            drop_last=self.args.dataloader_drop_last,
+        # The state's epoch is right when an epoch starts, in fresh, resumed and many-rank runs alike.
+        return group_sampler(
+            len(self.train_dataset), self._train_batch_size, self.args, lambda: int(self.state.epoch or 0)
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
