@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lce_trainer.collator import Batch, GroupCollator
+from lce_trainer.streaming import usable_rows
 
 logger = logging.getLogger(__name__)
 
@@ -248,11 +249,11 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _sample(groups: Any, group_size: int) -> list[dict[str, Any]]:
-    """Rows spread evenly over a dataset, or the first of a stream."""
+    """Rows spread evenly over a dataset, or the first usable ones of a stream."""
     n = max(_SAMPLE_PAIRS // group_size, 8)
     n = min(n, _SAMPLE_GROUPS)
     if not isinstance(groups, datasets.Dataset):
-        return list(islice(groups, n))
+        return list(islice(usable_rows(groups, epoch=0), n))
     rows = np.unique(np.linspace(0, len(groups) - 1, n).astype(int))
     return [dict(row) for row in groups.select(rows)]
 

@@ -110,7 +110,7 @@ class StreamedGroups(IterableDataset[Row | None]):
 
     def _batches(self, stream: Iterable[Row], epoch: int) -> Iterator[list[Row | None]]:
         """One pass, in whole steps."""
-        rows = _usable_rows(stream, epoch)
+        rows = usable_rows(stream, epoch)
         steps = 0
         while taken := list(islice(rows, self.step)):
             if len(taken) < self.step and self.drop_last:
@@ -125,8 +125,21 @@ class StreamedGroups(IterableDataset[Row | None]):
             raise TrainingError(f"the stream holds less than one step of {self.step} groups: no dataloader_drop_last")
 
 
-def _usable_rows(stream: Iterable[Row], epoch: int) -> Iterator[Row]:
-    """Groups that teach something, each with how many rows of the pass were read and left out up to it."""
+def usable_rows(stream: Iterable[Row], epoch: int) -> Iterator[Row]:
+    """Groups of one pass that teach something.
+
+    Args:
+        stream: Rows.
+        epoch: Of the pass.
+
+    Returns:
+        Rows with their ``epoch``, and with ``stream``: the epoch, and how many rows of the pass were
+        read, and left out for having no positive and no negative, up to here.
+
+    Raises:
+        GroupsError: A row is no group.
+        TrainingError: None of them is usable.
+    """
     if hasattr(stream, "set_epoch"):
         stream.set_epoch(epoch)
     read = no_positive = no_negative = 0
