@@ -16,10 +16,12 @@ from transformers import (
     set_seed,
 )
 
+from lce_trainer.adapters import add_adapters, load_merged
 from lce_trainer.errors import TrainingError
-from lce_trainer.notes import apply_notes, noted_answers
+from lce_trainer.notes import apply_notes, noted_answers, read_json
 from lce_trainer.packaged import resolve_model
 from lce_trainer.pair_template import has_trained_head, is_decoder, settle_template
+from lce_trainer.training_args import LCETrainingArguments
 from lce_trainer.yes_no import answer_ids, is_language_model, note_answers, settle_answers
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,8 @@ def load_model(
     """A sequence classifier with one label, or a language model that answers yes or no.
 
     Args:
-        name: Hub id, folder, or ``package:NAME/FOLDER``. A base gets a new head, from torch's RNG.
+        name: Hub id, folder, or ``package:NAME/FOLDER``. A base gets a new head, from torch's RNG;
+            adapters are merged into theirs.
         dropout: Set every dropout of the model to this; as configured if None.
         dtype: Of the weights. Training wants float32, whatever the checkpoint holds.
         yes_no: True: a language model scores by its answer; False: it gets a new head. None: as the
@@ -49,10 +52,16 @@ def load_model(
         TrainingError: There is no such model, its head has more than one label, or it is a base.
         ConfigError: The package of a ``package:`` name is missing.
     """
+    path = resolve_model(str(name))
+    if adapters := read_json(path, "adapter_config.json"):
+        answering = adapters["task_type"] == "CAUSAL_LM"
+        base = load_model(adapters["base_model_name_or_path"], dropout=dropout, dtype=dtype, yes_no=answering)
+        if answers := noted_answers(path):
+            note_answers(base.config, answers)
+        return load_merged(base, path)
     config = load_config(name)
     if has_trained_head(config) and config.num_labels != 1:
         raise TrainingError(f"{name} classifies into {config.num_labels} labels; a reranker has one")
-    path = resolve_model(str(name))
     answers = _answers(config, path, yes_no)
     kind = AutoModelForCausalLM if answers is not None else AutoModelForSequenceClassification
     if trained and answers is None and not has_trained_head(config):
@@ -112,16 +121,16 @@ def match_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def prepare(
     model: str | Path | PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    yes_no: bool | None,
-    seed: int,
+    args: LCETrainingArguments,
+    peft_config: Any = None,
 ) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase]:
     """A model and tokenizer that fit together, to be trained.
 
     Args:
         model: A model, or the name of one; None if it is made later.
         tokenizer: The model's own if None and the model is named.
-        yes_no: As :func:`load_model` takes it.
-        seed: Of a new head.
+        args: Of the training.
+        peft_config: Adapters to train, see :func:`lce_trainer.adapters.add_adapters`.
 
     Raises:
         TrainingError: They do not fit together, or there is no such model.
@@ -129,12 +138,14 @@ def prepare(
     """
     if isinstance(model, (str, Path)):
         tokenizer = tokenizer or load_tokenizer(model)
-        set_seed(seed)
-        model = load_model(model, yes_no=yes_no)
+        set_seed(args.seed)
+        model = load_model(model, yes_no=args.yes_no)
     if tokenizer is None:
         raise TrainingError("pass the tokenizer as processing_class, or the model by its name")
     if model is not None:
         settle(model, tokenizer)
+        if peft_config is not None:
+            model = add_adapters(model, peft_config, args.bf16 or args.fp16)
     return model, tokenizer
 
 

@@ -73,32 +73,28 @@ def noted_answers(path: str) -> tuple[int, ...] | None:
     return None
 
 
-def write_notes(folder: Path, answers: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make ``CrossEncoder`` score a saved language model by its answer, raw.
+def write_notes(folder: Path, answers: Sequence[int] | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make ``CrossEncoder`` score what is saved in a folder as we do, raw.
 
     Args:
-        folder: Of the model.
-        answers: The tokens that answer, yes first.
+        folder: Of a language model that answers, or of adapters.
+        answers: The tokens that answer, yes first; None if there is a classification head.
         tokenizer: The model's.
     """
-    template = pair_template(tokenizer)
-    structured = template is not None and template.structured
-    true, false = (*answers, None)[:2]
-    text = {"method": "forward", "method_output_name": "logits"}
-    modules = [
-        {"idx": place, "name": str(place), "path": path, "type": kind}
-        for place, (path, kind) in enumerate(zip(("", LOGIT_SCORE), _TYPES, strict=True))
-    ]
+    template, scored = pair_template(tokenizer), {"method": "forward", "method_output_name": "logits"}
+    formats: dict[str, Any] = {"text": scored}
+    if template is not None:
+        formats["message"] = {**scored, "format": "structured" if template.structured else "flat"}
+    paths = ["", LOGIT_SCORE][: 1 if answers is None else 2]
     notes: dict[str, Any] = {
-        "modules.json": modules,
-        f"{LOGIT_SCORE}/config.json": {"true_token_id": true, "false_token_id": false},
+        "modules.json": [
+            {"idx": place, "name": str(place), "path": path, "type": kind}
+            for place, (path, kind) in enumerate(zip(paths, _TYPES, strict=False))
+        ],
         "sentence_bert_config.json": {
-            "transformer_task": "text-generation",
-            "modality_config": {
-                "text": text,
-                "message": {**text, "format": "structured" if structured else "flat"},
-            },
-            "module_output_name": "causal_logits",
+            "transformer_task": "sequence-classification" if answers is None else "text-generation",
+            "modality_config": formats,
+            "module_output_name": "scores" if answers is None else "causal_logits",
         },
         "config_sentence_transformers.json": {
             "model_type": "CrossEncoder",
@@ -107,14 +103,20 @@ def write_notes(folder: Path, answers: Sequence[int], tokenizer: PreTrainedToken
             "default_prompt_name": None,
         },
     }
-    (folder / LOGIT_SCORE).mkdir(exist_ok=True)
+    if answers is not None:
+        true, false = (*answers, None)[:2]
+        notes[f"{LOGIT_SCORE}/config.json"] = {"true_token_id": true, "false_token_id": false}
+        (folder / LOGIT_SCORE).mkdir(exist_ok=True)
     for name, content in notes.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: str, name: str) -> Any:
     """A JSON file of a Hub id or folder; None if there is none."""
-    found = cached_file(
-        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+    try:
+        found = cached_file(
+            path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+    except OSError:  # no such repo or folder: said where its model is loaded
+        return None
     return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))

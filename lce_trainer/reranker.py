@@ -16,6 +16,7 @@ from lce_trainer.errors import TrainingError
 from lce_trainer.loading import load_model, load_tokenizer, longest_input, settle
 from lce_trainer.packing import batch_scores, disable_packing, enable_packing
 from lce_trainer.pair_template import encode_by_template, pair_template
+from lce_trainer.saving import save_reranker
 
 WINDOW = 16384  # pairs tokenized at once: bounds the memory that token ids take
 
@@ -99,6 +100,10 @@ class Reranker:
         if device is None:
             device = torch.accelerator.current_accelerator() or "cpu"
         return cls(model.to(device), load_tokenizer(name), max_length=max_length, packing=packing)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a plain checkpoint; adapters that were loaded are part of it."""
+        save_reranker(self.model, self.tokenizer, self.max_length, Path(folder))
 
     def score(
         self, pairs: Sequence[tuple[str, str]], *, batch_tokens: int = 8192, progress: bool = False

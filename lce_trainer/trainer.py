@@ -1,6 +1,5 @@
 """LCETrainer: ``transformers.Trainer`` that learns to rank from groups."""
 
-import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
+from lce_trainer.adapters import merge_adapters
 from lce_trainer.checkpoints import checkpoint_to_resume, final_state, sealed_checkpoint
 from lce_trainer.collator import Batch, GroupCollator
 from lce_trainer.errors import TrainingError
@@ -33,13 +33,12 @@ from lce_trainer.loading import prepare
 from lce_trainer.lockstep import score_share
 from lce_trainer.loss import distillation_loss, lce_loss
 from lce_trainer.metrics import group_metrics
-from lce_trainer.notes import RAW_SCORES, write_notes
 from lce_trainer.packing import batch_scores, enable_packing, packed_scores, packs, padded_scores
 from lce_trainer.sampling import GroupSampler, group_sampler
+from lce_trainer.saving import add_notes, note_format, save_reranker, write_settings
 from lce_trainer.score_cache import cache_gradients, cut_step, replayed
 from lce_trainer.streaming import StreamWatch, is_stream, training_rows
 from lce_trainer.training_args import LCETrainingArguments
-from lce_trainer.yes_no import answers_of
 
 
 class LCETrainer(Trainer):  # type: ignore[misc]
@@ -70,6 +69,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         train_dataset: datasets.Dataset | datasets.IterableDataset | None = None,
         eval_dataset: EvalDataset = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
         """Check everything that can be checked before the first step.
@@ -83,6 +83,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
                 needs ``max_steps``, and is read in its order; see :mod:`lce_trainer.streaming`.
             eval_dataset: Groups, or several sets by name. Every passage of a group is ranked.
             processing_class: The tokenizer; the model's own if the model is given by name.
+            peft_config: A ``peft.LoraConfig`` or its like, to train adapters; see :mod:`lce_trainer.adapters`.
             **kwargs: As ``transformers.Trainer`` takes them.
 
         Raises:
@@ -92,7 +93,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         args = args or LCETrainingArguments("trainer_output")
         if processing_class is None and data_collator is not None:
             processing_class = data_collator.tokenizer
-        model, processing_class = prepare(model, processing_class, args.yes_no, args.seed)
+        model, processing_class = prepare(model, processing_class, args, peft_config)
         self.counts: dict[str, int] = {}
         if train_dataset is not None:
             train_dataset, self.counts = usable_groups(train_dataset, args)
@@ -379,20 +380,18 @@ class LCETrainer(Trainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A plain checkpoint that every loader scores alike; settings as JSON, never as a pickle."""
         folder = Path(output_dir or self.args.output_dir)
-        answers = answers_of(self.model)
-        self.model.config.sentence_transformers = {**RAW_SCORES, **({"answer_ids": list(answers)} if answers else {})}
-        self.processing_class.model_max_length = self.args.max_length
-        # Padding may shift the positions that a decoder counts; and only what is in init_kwargs is saved.
-        side = "right" if answers is None else "left"
-        self.processing_class.padding_side = self.processing_class.init_kwargs["padding_side"] = side
-        if (backend := getattr(self.processing_class, "backend_tokenizer", None)) is not None:
-            # How the last batch was cut and padded would be saved with it, and bind who reads that file alone.
-            backend.no_truncation()
-            backend.no_padding()
+        note_format(self.model, self.processing_class, self.args.max_length)
         super()._save(str(folder), state_dict)
         if self.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            if answers is not None:
-                write_notes(folder, answers, self.processing_class)
-            settings = json.dumps(self.args.to_public_dict(), indent=2, sort_keys=True, default=str)
-            (folder / "training_args.json").write_text(settings + "\n", encoding="utf-8")
+            add_notes(self.model, self.processing_class, folder)
+            write_settings(self.args, folder)
+
+    def save_merged(self, output_dir: str | Path) -> None:
+        """Write a plain checkpoint with the adapters merged into the model; the trainer's own keeps them.
+
+        Raises:
+            TrainingError: There are no adapters, or the base is quantized.
+        """
+        merged = merge_adapters(self.accelerator.unwrap_model(self.model))
+        if self.is_world_process_zero():
+            save_reranker(merged, self.processing_class, self.args.max_length, Path(output_dir))

@@ -36,6 +36,8 @@ LEARNING |= {
     "notes",
     "yes_no",
     "loading",
+    "saving",
+    "adapters",
     "score_cache",
     "lockstep",
     "streaming",

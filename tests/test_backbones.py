@@ -52,7 +52,7 @@ def make_trainer(family: str, folder, model=None, tokenizer="its own", train_dat
         "report_to": "none",
         "disable_tqdm": True,
     }
-    more = {name: settings.pop(name) for name in ("peft_config", "callbacks") if name in settings}
+    more = {name: settings.pop(name) for name in ("peft_config", "callbacks", "eval_dataset") if name in settings}
     if tokenizer == "its own":
         tokenizer = tiny_tokenizer(family)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -13,6 +13,7 @@ from lce_trainer.hub import publish
 from lce_trainer.loading import load_model, load_tokenizer, pairing_tokenizer, prepare
 from lce_trainer.pair_template import pair_template
 from lce_trainer.reranker import Reranker, scoring_batches
+from lce_trainer.training_args import LCETrainingArguments
 from lce_trainer.yes_no import answers_of, pair_logits, question_template
 
 # The chat format of Qwen3, as far as a question needs it.
@@ -28,6 +29,10 @@ ASKING = (
     "{% elif message.role == 'document' %}<|im_end|>{{ message.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
+
+
+def prepared(model, tokenizer, yes_no):
+    return prepare(model, tokenizer, LCETrainingArguments("unused", yes_no=yes_no, report_to="none"))
 
 
 def language_model_folder(folder, family="qwen3", chat_template=QWEN3):
@@ -72,7 +77,7 @@ def test_a_score_is_the_logit_of_yes_less_that_of_no(family):
     model, tokenizer = tiny_language_model(family).double().eval(), tiny_tokenizer(family)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.chat_template = ASKING
-    prepare(model, tokenizer, None, 0)
+    prepared(model, tokenizer, None)
     yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
     assert answers_of(model) == (yes, no) and yes != no
     for rows, batch in scoring_batches(tokenizer, pairs_of_all_lengths(), 160, 4000):
@@ -89,7 +94,7 @@ def test_a_gradient_is_that_of_the_whole_head():
     """And the head computes all of its rows again afterwards."""
     model, tokenizer = tiny_language_model("llama"), tiny_tokenizer("llama")
     tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, ASKING
-    prepare(model, tokenizer, None, 0)
+    prepared(model, tokenizer, None)
     (_, batch), *_ = scoring_batches(tokenizer, pairs_of_all_lengths()[:4], 160, 4000)
     pair_logits(model, batch, model).sum().backward()
     head = model.lm_head.weight
@@ -105,7 +110,7 @@ def test_a_gradient_is_that_of_the_whole_head():
 def test_a_rounded_model_gives_a_score_that_is_not_rounded_twice():
     model, tokenizer = tiny_language_model("qwen3").bfloat16().eval(), tiny_tokenizer("qwen3")
     tokenizer.chat_template = ASKING
-    prepare(model, tokenizer, None, 0)
+    prepared(model, tokenizer, None)
     (_, batch), *_ = scoring_batches(tokenizer, pairs_of_all_lengths()[:8], 160, 4000)
     with torch.no_grad():
         scores = pair_logits(model, batch, model)
@@ -144,22 +149,22 @@ def test_it_is_trained_exactly_and_saved_as_the_language_model_that_it_is(publis
 
 def test_a_language_model_gets_a_new_head_unless_it_is_to_answer(tmp_path, caplog):
     folder = language_model_folder(tmp_path / "base")
-    model, tokenizer = prepare(folder, None, None, 0)
+    model, tokenizer = prepared(folder, None, None)
     assert type(model).__name__ == "Qwen3ForSequenceClassification" and model.config.num_labels == 1
     assert answers_of(model) is None and pair_template(tokenizer).tail == "\nRelevance:"
     assert pairing_tokenizer(folder).chat_template == tokenizer.chat_template
-    model, tokenizer = prepare(folder, None, True, 0)
+    model, tokenizer = prepared(folder, None, True)
     assert type(model).__name__ == "Qwen3ForCausalLM"
     assert answers_of(model) == tuple(tokenizer.convert_tokens_to_ids(["yes", "no"]))
     assert pairing_tokenizer(folder, yes_no=True).chat_template == tokenizer.chat_template
     assert "rerank" not in caplog.text
     with caplog.at_level(logging.WARNING):
-        prepare(language_model_folder(tmp_path / "a-reranker"), None, None, 0)
+        prepared(language_model_folder(tmp_path / "a-reranker"), None, None)
     assert "does not say that it answers yes or no, so it gets a new head; pass yes_no=True if it does" in caplog.text
 
 
 def test_a_reranker_can_be_given_a_new_head_all_the_same(published):
-    model, tokenizer = prepare(published, None, False, 0)
+    model, tokenizer = prepared(published, None, False)
     assert type(model).__name__ == "Qwen3ForSequenceClassification" and answers_of(model) is None
     (_, batch), *_ = scoring_batches(tokenizer, [("moon", "star")], 100, 1000)
     assert pair_logits(model, batch, model) == model(**batch).logits[:, 0]
@@ -208,9 +213,9 @@ def test_a_single_token_can_be_the_answer(published, tmp_path):
 def test_what_cannot_answer_is_an_error(tmp_path):
     no_chat = language_model_folder(tmp_path / "no-chat", chat_template=None)
     with pytest.raises(TrainingError, match="needs a chat template"):
-        prepare(no_chat, None, True, 0)
+        prepared(no_chat, None, True)
     with pytest.raises(TrainingError, match="no tokens 'yes' and 'no'"):
-        prepare(tiny_language_model("qwen3"), tiny_tokenizer("bert"), None, 0)
+        prepared(tiny_language_model("qwen3"), tiny_tokenizer("bert"), None)
     tiny_model("bert").save_pretrained(tmp_path / "bert")
     with pytest.raises(TrainingError, match="BertForSequenceClassification, which cannot answer yes or no"):
         load_model(tmp_path / "bert", yes_no=True)

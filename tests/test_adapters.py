@@ -1,0 +1,185 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, TaskType
+from safetensors.torch import load_file
+from test_backbones import MAX_LENGTH, make_trainer, pairs_of_all_lengths, some_groups
+from test_yes_no import ASKING
+from tiny_models import FAMILIES, lively, tiny_config, tiny_language_model, tiny_model, tiny_tokenizer, without_dropout
+from transformers import AutoModelForSequenceClassification, BertModel
+
+from lce_trainer.adapters import head_modules
+from lce_trainer.errors import TrainingError
+from lce_trainer.reranker import Reranker
+from lce_trainer.yes_no import answers_of
+
+LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1)
+FAST = {"learning_rate": 0.05, "max_grad_norm": 1.0}
+
+
+def base_folder(family: str, folder):
+    """A base without a head, as one would be found on the Hub."""
+    if family == "bert":  # whose pooler is part of what a head reads, and often missing
+        torch.manual_seed(0)
+        config = tiny_config("bert", **without_dropout("bert"))
+        lively(BertModel(config, add_pooling_layer=False)).save_pretrained(folder)
+    elif family in ("qwen3", "llama"):
+        tiny_language_model(family).save_pretrained(folder)
+    else:
+        tiny_model(family).base_model.save_pretrained(folder)
+    tiny_tokenizer(family).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request, tmp_path_factory):
+    """The trainer of a base's adapters after a step, and the folder they are saved in."""
+    base = base_folder(request.param, tmp_path_factory.mktemp("base"))
+    folder = tmp_path_factory.mktemp(request.param)
+    trainer = make_trainer(request.param, folder, model=base, tokenizer=None, peft_config=LORA, **FAST)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    trainer.save_model()
+    return trainer, before, folder
+
+
+def test_the_head_and_the_adapters_learn_and_nothing_else(trained):
+    trainer, before, _ = trained
+    after = trainer.model.state_dict()
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved and all("lora_" in name or "modules_to_save" in name for name in moved)
+    heads = head_modules(trainer.model.get_base_model())
+    for head in heads:
+        assert any(f".{head}.modules_to_save." in name for name in moved), head
+    assert not any("lora_" in name and f".{head}." in name for name in after for head in heads)
+    assert any("lora_B" in name for name in moved)
+
+
+def test_an_adapter_and_a_merged_model_score_as_the_trained_one(trained, tmp_path):
+    from sentence_transformers import CrossEncoder
+
+    trainer, _, folder = trained
+    pairs = pairs_of_all_lengths()
+    scores = Reranker(trainer.model, trainer.processing_class).score(pairs)
+    assert scores.std() > 1e-4
+    names = {path.name for path in folder.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= names
+    assert not {"model.safetensors", "training_args.bin"} & names
+    loaded = Reranker.from_pretrained(folder, device="cpu")
+    assert loaded.max_length == MAX_LENGTH
+    np.testing.assert_allclose(loaded.score(pairs), scores, atol=1e-5)
+
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.save_merged(tmp_path / "merged")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    loaded.save_pretrained(tmp_path / "merged-later")
+    for merged in (tmp_path / "merged", tmp_path / "merged-later"):
+        assert not (merged / "adapter_config.json").exists()
+        assert json.loads((merged / "config.json").read_text())["architectures"][0].endswith("SequenceClassification")
+        assert not any("lora" in name or "modules_to_save" in name for name in load_file(merged / "model.safetensors"))
+        np.testing.assert_allclose(Reranker.from_pretrained(merged, device="cpu").score(pairs), scores, atol=1e-5)
+    AutoModelForSequenceClassification.from_pretrained(merged)
+    # Given an adapter, CrossEncoder takes the config of its base, and that of Llama names no pad token.
+    for saved in (merged,) if "llama" in folder.name else (folder, merged):
+        crossed = CrossEncoder(str(saved), device="cpu").predict(pairs, show_progress_bar=False)
+        np.testing.assert_allclose(crossed, scores, atol=1e-5)
+
+
+def test_resumed_adapters_end_bit_equal(tmp_path):
+    base = base_folder("qwen3", tmp_path / "base")
+
+    def trainer():
+        return make_trainer(
+            "qwen3", tmp_path, base, None, peft_config=LORA, per_device_train_batch_size=2, num_train_epochs=2,
+            save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-2,
+        )  # fmt: skip
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    torch.manual_seed(99)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert whole.state.global_step == resumed.state.global_step == 6
+    ends = [kept.model.state_dict() for kept in (whole, resumed)]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_the_best_adapters_are_the_ones_kept(tmp_path):
+    base = base_folder("bert", tmp_path / "base")
+    trainer = make_trainer(
+        "bert", tmp_path, base, None, peft_config=LORA, num_train_epochs=3, per_device_train_batch_size=2,
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        eval_dataset=some_groups(6), **FAST,
+    )  # fmt: skip
+    trainer.train()
+    best = load_file(tmp_path / f"checkpoint-{trainer.state.best_global_step}" / "adapter_model.safetensors")
+    trainer.save_model()
+    kept = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in kept.items())
+
+
+def test_a_language_model_that_answers_is_adapted_and_merged(tmp_path):
+    base = tmp_path / "base"
+    tiny_language_model("qwen3").save_pretrained(base)
+    tokenizer = tiny_tokenizer("qwen3")
+    tokenizer.chat_template = ASKING
+    tokenizer.save_pretrained(base)
+    folder = tmp_path / "adapter"
+    trainer = make_trainer("qwen3", folder, base, None, peft_config=LORA, yes_no=True, **FAST)
+    trainer.train()
+    trainer.save_model()
+    pairs = pairs_of_all_lengths()
+    scores = Reranker(trainer.model, trainer.processing_class).score(pairs)
+    loaded = Reranker.from_pretrained(folder)
+    assert answers_of(loaded.model) == answers_of(trainer.model) is not None
+    np.testing.assert_allclose(loaded.score(pairs), scores, atol=1e-5)
+    trainer.save_merged(tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+    np.testing.assert_allclose(Reranker.from_pretrained(tmp_path / "merged").score(pairs), scores, atol=1e-5)
+
+
+def test_a_base_in_half_precision_stays_as_it_is_and_what_is_trained_is_float32(tmp_path):
+    with pytest.raises(TrainingError, match="in bfloat16 and what is trained in float32: set bf16=True"):
+        make_trainer("qwen3", tmp_path, tiny_model("qwen3").bfloat16(), peft_config=LORA)
+    model = tiny_model("qwen3").bfloat16()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = make_trainer("qwen3", tmp_path, model, peft_config=LORA, bf16=True, **FAST)
+    assert np.isfinite(trainer.train().training_loss)
+    trained = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
+    assert trained == {torch.float32}
+    frozen = {
+        name.replace("base_model.model.", "").replace(".base_layer", "").replace(".original_module", ""): parameter
+        for name, parameter in trainer.model.named_parameters()
+        if not parameter.requires_grad
+    }
+    assert frozen.keys() == before.keys()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in frozen.items())
+
+
+def test_what_the_user_chooses_is_kept_and_the_config_is_not_touched(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type=TaskType.SEQ_CLS)
+    shown = str(config)
+    trainer = make_trainer("qwen3", tmp_path, peft_config=config)
+    assert str(config) == shown
+    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert {name.split(".")[-4] for name in names if "lora_" in name} == {"q_proj"}
+    assert any("embed_tokens.modules_to_save" in name for name in names)
+    assert any("score.modules_to_save" in name for name in names)
+
+
+def test_what_cannot_be_adapted_or_merged_is_an_error(tmp_path, monkeypatch):
+    with pytest.raises(TrainingError, match=r"must be a peft.PeftConfig, like LoraConfig, not dict"):
+        make_trainer("bert", tmp_path, peft_config={"r": 4})
+    trainer = make_trainer("bert", tmp_path, peft_config=LORA)
+    with pytest.raises(TrainingError, match="has adapters already"):
+        make_trainer("bert", tmp_path, trainer.model, peft_config=LORA)
+    trainer.model.get_base_model().is_quantized = True
+    with pytest.raises(TrainingError, match="not merged into a quantized base: save them with save_model"):
+        trainer.save_merged(tmp_path)
+    with pytest.raises(TrainingError, match="no adapters to merge"):
+        make_trainer("bert", tmp_path).save_merged(tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(TrainingError, match=r"pip install 'lce-trainer\[peft\]'"):
+        make_trainer("bert", tmp_path, peft_config=LORA)
