@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from lce_trainer.artifacts import digest, write_manifest
+from lce_trainer.artifacts import MANIFEST, content_digest, digest, read_manifest, write_manifest
 from lce_trainer.collator import GroupCollator
 from lce_trainer.errors import TrainingError
 from lce_trainer.groups import load_groups
@@ -61,7 +61,7 @@ def fit_reranker(run: Run, dev: datasets.Dataset | None) -> None:
         groups = run.table("groups")
         inputs["groups"] = run.manifest("groups").digest
     else:
-        groups = load_groups(config.groups)
+        groups = load_groups(str(_found(run, config.groups) or config.groups))
     if dev is None:
         groups, dev = _hold_out(groups, config.dev_fraction, run.recipe.seed)
     _fit(run, "model", model, groups, dev, config.arguments, inputs)
@@ -90,6 +90,22 @@ def _hold_out(groups: datasets.Dataset, fraction: float, seed: int) -> tuple[dat
     return groups.select(np.sort(order[held:])), groups.select(np.sort(order[:held]))
 
 
+def _found(run: Run, groups: str) -> Path | None:
+    """Where groups lie, here or beside the recipe; None if they do not, as a Hub dataset."""
+    path = run.find(groups)
+    return path if path.exists() else None
+
+
+def _which_groups(run: Run, groups: str | None) -> str | dict[str, str] | None:
+    """The groups that a recipe names and what is in them, so that edited ones count as changed."""
+    path = _found(run, groups) if groups else None
+    if groups is None or path is None:
+        return groups
+    if (path / MANIFEST).is_file():
+        return {groups: read_manifest(path).digest}
+    return {groups: content_digest(path)}
+
+
 def _fit(
     run: Run,
     name: str,
@@ -107,7 +123,7 @@ def _fit(
         "dropout": config.dropout,
         "early_stopping_patience": config.early_stopping_patience,
         "seed": run.recipe.seed,
-        "groups": config.groups,
+        "groups": _which_groups(run, config.groups),
         "dev": digest(dev.to_list()),
     }
     folder = run.root / name

@@ -18,14 +18,14 @@ from lce_trainer.tables import PASSAGE_IDS, QUERY_IDS, TEXTS, numbers_of, with_t
 logger = logging.getLogger(__name__)
 
 UNDERSTOOD = """Understood are, by column:
-  query, passages, labels                          groups; sentence-transformers' labeled lists, under any names
-  anchor, positive, negative (or negative_1, ...)  its triplets and n-tuples; with scores, one for each passage
-  query, passage, label                            its labeled pairs, under any names
-  query, pos, neg (pos_scores, neg_scores)         FlagEmbedding
-  qry, pos, neg                                    luyug/Reranker
-  query, positive_passages, negative_passages      Tevatron
-  queries=, corpus=, qrels=, run=                  MS MARCO, TREC and BEIR, as arguments
-Tuples under other names: columns=("query", "positive", "negative", ...), in this order."""
+  query, passages, labels: groups, and under any names sentence-transformers' labeled lists;
+  anchor, positive, negative or negative_1, ...: its triplets and n-tuples; with scores, one for each passage;
+  query, passage, label: its labeled pairs, under any names;
+  query, pos, neg, and if known pos_scores, neg_scores: FlagEmbedding;
+  qry, pos, neg: luyug/Reranker;
+  query, positive_passages, negative_passages: Tevatron;
+  and the arguments queries=, corpus=, qrels=, run=: MS MARCO, TREC and BEIR.
+Tuples under other names are read by columns=("query", "positive", "negative", ...)."""
 
 # As sentence-transformers finds its label column.
 _LABELS, _SCORES = ("label", "labels"), ("score", "scores")

@@ -214,7 +214,21 @@ def test_groups_that_are_not_there_or_are_none(recipe, capsys):
     assert "no groups at" in error_of(capsys, "train", recipe, "train.groups=none.parquet", *settings)
     Dataset.from_dict({"text": ["a"] * 30}).to_parquet(recipe.parent / "texts.parquet")
     message = error_of(capsys, "train", recipe, f"train.groups={recipe.parent / 'texts.parquet'}", *settings)
-    assert "missing: query, passages, labels; there are: text" in message
+    assert "cannot tell what these columns hold: text (string)" in message and "FlagEmbedding" in message
+
+
+def test_groups_of_another_layout_beside_the_recipe_train_and_edited_ones_train_again(recipe):
+    triplets = recipe.parent / "triplets.jsonl"
+    rows = [{"anchor": f"what is {i}", "positive": "red fish", "negative": f"bird {i}"} for i in range(8)]
+    triplets.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ("train.warm_start.pairs=0", "evaluate.dev_queries=null", "train.max_steps=1", "train.dev_fraction=0.5")
+    digests = []
+    for end in ("", "", json.dumps({**rows[0], "negative": "river"}) + "\n"):
+        with triplets.open("a") as file:
+            file.write(end)
+        assert main(["train", str(recipe), "train.groups=triplets.jsonl", *settings]) == 0
+        digests.append(read_manifest(recipe.parent / "run" / "model").digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_recipe_without_judgments_is_run_but_cannot_be_evaluated(recipe, capsys):
