@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lce_trainer.collator import length_buckets
 
+_LONGEST_BY_PRODUCTS = 1024  # tokens, beyond which weights of tokens x tokens would fill the memory
 _CALL_OVERHEAD = 512  # tokens of padding inside attention that are worth one more call of it
 
 
@@ -166,7 +167,7 @@ def attend(
         return _attend_by_kernel(kernel, query, key, value, packing, causal, scaling, window)
     # On a CPU the fused kernel's backward is several times slower in bfloat16, and it takes no dropout.
     half = query.dtype in (torch.float16, torch.bfloat16)
-    by_products = query.device.type == "cpu" and not causal and (dropout > 0 or (half and query.requires_grad))
+    by_products = query.device.type == "cpu" and not causal and (dropout > 0 or half)
     sizes = [pairs * longest for pairs, longest in packing.calls]
     counts = [pairs for pairs, _ in packing.calls]
     queries = torch.split(query, counts) if one_query else torch.split(_spread(query, packing), sizes)
@@ -175,7 +176,7 @@ def attend(
     for call, states in enumerate(zip(queries, keys, values, strict=True)):
         q, k, v = (state.view(counts[call], -1, *state.shape[1:]).transpose(1, 2) for state in states)
         mask = packing.mask(call, window, causal, one_query)
-        if by_products:
+        if by_products and packing.calls[call][1] <= _LONGEST_BY_PRODUCTS:
             context = _attend_by_products(q, k, v, mask, dropout, scaling)
         else:
             context = functional.scaled_dot_product_attention(
