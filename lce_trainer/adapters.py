@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lce_trainer.config import LoRAConfig
 from lce_trainer.errors import TrainingError
 from lce_trainer.yes_no import is_language_model
 
@@ -51,6 +52,19 @@ def add_adapters(model: PreTrainedModel, peft_config: Any, mixed_precision: bool
                 )
             parameter.data = parameter.data.float()
     return adapted
+
+
+def lora(config: LoRAConfig) -> Any:
+    """The ``peft.LoraConfig`` of a recipe; None if it trains all weights.
+
+    Raises:
+        TrainingError: PEFT is not installed.
+    """
+    if not config.r:
+        return None
+    return import_peft().LoraConfig(
+        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=config.target_modules
+    )
 
 
 def merge_adapters(model: Any) -> Any:

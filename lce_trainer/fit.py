@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
     set_seed,
 )
 
+from lce_trainer.adapters import lora
 from lce_trainer.artifacts import MANIFEST, content_digest, digest, read_manifest, write_manifest
 from lce_trainer.collator import GroupCollator
 from lce_trainer.errors import TrainingError
@@ -76,6 +78,7 @@ def check_training(run: Run) -> None:
     args = _arguments(run, run.recipe.train.arguments, run.root / "checkpoints")
     tokenizer = pairing_tokenizer(run.recipe.train.model, args.yes_no)
     GroupCollator(tokenizer, args.group_size, args.max_length, args.max_query_length)
+    lora(run.recipe.train.lora)
 
 
 def _hold_out(groups: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -116,7 +119,7 @@ def _fit(
     inputs: Mapping[str, str],
 ) -> None:
     config = run.recipe.train
-    shape = {
+    shape: dict[str, Any] = {
         "base": config.model,
         "arguments": dict(arguments),
         "precision": config.precision,
@@ -126,6 +129,8 @@ def _fit(
         "groups": _which_groups(run, config.groups),
         "dev": digest(dev.to_list()),
     }
+    if config.lora.r:
+        shape["lora"] = asdict(config.lora)
     folder = run.root / name
     stale = is_stale(folder, name, shape, inputs)
     processes().wait_for_everyone()  # before the first can finish and change the answer
@@ -136,7 +141,7 @@ def _fit(
         trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")))
         if trainer.is_world_process_zero() and folder.exists():
             shutil.rmtree(folder)  # of other settings, its manifest among them
-        trainer.save_model(str(folder))
+        (trainer.save_merged if config.lora.r else trainer.save_model)(str(folder))
         if trainer.is_world_process_zero():
             (run.root / "logs").mkdir(exist_ok=True)
             trainer.state.save_to_json(str(run.root / "logs" / f"{name}.json"))
@@ -172,6 +177,7 @@ def _trainer(
         eval_dataset=dev,
         processing_class=load_tokenizer(model),
         callbacks=callbacks,
+        peft_config=lora(config.lora),
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

@@ -246,7 +246,7 @@ def gather_facts(run: Run) -> RunFacts:
         label_counts=groups.counts,
         shortcut_auc=groups.facts["shortcut_auc"],
         warm_start=asdict(recipe.train.warm_start) if recipe.train.warm_start.pairs else {},
-        training=model.config["arguments"],
+        training={**model.config["arguments"], **{f"lora_{k}": v for k, v in model.config.get("lora", {}).items()}},
         max_length=model.facts["max_length"],
         evaluations=evaluations,
         libraries=model.libraries,

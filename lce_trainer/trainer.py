@@ -395,3 +395,4 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         merged = merge_adapters(self.accelerator.unwrap_model(self.model))
         if self.is_world_process_zero():
             save_reranker(merged, self.processing_class, self.args.max_length, Path(output_dir))
+            write_settings(self.args, Path(output_dir))

@@ -8,6 +8,8 @@ import pytest
 import yaml
 from hub_server import metadata_errors
 from huggingface_hub import DatasetCard, ModelCard
+from test_yes_no import ASKING
+from tiny_models import tiny_language_model, tiny_model, tiny_tokenizer
 
 from lce_trainer import cards
 from lce_trainer.artifacts import save_artifact
@@ -15,6 +17,7 @@ from lce_trainer.cards import Evaluation, RunFacts, _find_template, write_datase
 from lce_trainer.errors import ArtifactError, PublishError
 from lce_trainer.evaluation import compare, markdown
 from lce_trainer.groups import GROUPS_FEATURES
+from lce_trainer.reranker import Reranker
 
 GROUPS = [
     {
@@ -167,6 +170,25 @@ def test_the_code_on_the_model_card_runs(tmp_path, facts, tiny_reranker, capsys,
     assert len(snippets) == 3
     exec(compile(snippets[way], str(card), "exec"), {})
     assert capsys.readouterr().out.count(".") >= 2, "a score for each passage"
+
+
+@pytest.mark.parametrize("family", ["classifier", "language model"])
+def test_the_code_on_a_decoders_card_scores_as_the_decoder_does(tmp_path, facts, capsys, family):
+    model = tiny_model("qwen3") if family == "classifier" else tiny_language_model("qwen3")
+    tokenizer = tiny_tokenizer("qwen3")
+    tokenizer.chat_template = ASKING if family == "language model" else None
+    folder = tmp_path / "model"
+    Reranker(model, tokenizer, max_length=150).save_pretrained(folder)
+    facts = replace(facts, model_id=str(folder), example_query="what is rain", example_passages=["snow", "moon star"])
+    snippets = code(write_model_card(folder, facts))
+    assert len(snippets) == (3 if family == "classifier" else 2)
+    assert "the roles `query` and `document`" in (folder / "README.md").read_text()
+    wanted = Reranker.from_pretrained(folder).score([("what is rain", passage) for passage in ("snow", "moon star")])
+    assert abs(wanted[0] - wanted[1]) > 1e-3
+    for snippet in snippets:
+        exec(compile(snippet, "card", "exec"), {})
+        said = [float(word) for word in re.findall(r"-?\d+\.\d+(?:e-\d+)?", capsys.readouterr().out)]
+        assert sorted(said) == pytest.approx(sorted(wanted.tolist()), abs=1e-3)
 
 
 def test_the_code_on_the_dataset_card_runs_and_finds_every_split(facts, groups, capsys, tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,3 +56,21 @@ def test_an_installed_wheel_finds_its_files(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout
+
+
+def test_every_requirement_has_a_tested_version_that_satisfies_it():
+    """Also those of the extras: what nobody pins nobody has tested."""
+    tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
+    wanted = project["dependencies"] + [one for extra in project["optional-dependencies"].values() for one in extra]
+    unpinned = set()
+    for requirement in map(Requirement, wanted):
+        name = canonicalize_name(requirement.name)
+        if name in pinned:
+            (version,) = (one.version for one in pinned[name].specifier)
+            assert requirement.specifier.contains(version), f"{requirement} is tested with {version}"
+        else:
+            unpinned.add(name)
+    assert unpinned <= {"lce-trainer", "build", "types-pyyaml", "types-tqdm"}

@@ -226,3 +226,20 @@ def test_what_was_killed_under_other_settings_does_not_pass_for_finished(overrid
     status, printed = command(*arguments, log=tmp_path / "log")
     assert status == 0, printed
     assert_same_run(root, contents(finished.root))
+
+
+def test_adapters_on_a_decoder_become_a_plain_model_that_every_loader_scores_alike(finished, tmp_path):
+    recipe = write_recipe(tmp_path)
+    finished.copy(tmp_path / "run", "passages", "queries", "candidates", "groups")
+    changed = [f"train.model={tmp_path}/llm", "train.lora.r=4", "train.warm_start.pairs=0", "train.max_length=80"]
+    for again in (False, True):
+        status, printed = command("train", recipe, *changed, "train.max_steps=6", log=tmp_path / "log")
+        assert status == 0, printed
+        assert ("model: already made" in printed) == again
+    folder = tmp_path / "run" / "model"
+    assert read_manifest(folder).config["lora"]["r"] == 4
+    assert not list(folder.glob("adapter*"))
+    pairs = [("what is a fish", "the river falls on stone"), ("seed", "leaf root seed moon " * 20), ("why", "snow")]
+    scores = Reranker.from_pretrained(folder).score(pairs)
+    assert np.ptp(scores) > 1e-4
+    np.testing.assert_allclose(CrossEncoder(str(folder), device="cpu").predict(pairs), scores, atol=1e-5)
