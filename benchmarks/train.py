@@ -1,0 +1,155 @@
+"""Training: pairs a second of our trainer and of what a user would pick instead, step by step in turn.
+
+``python -m benchmarks.train`` gives every trainer the same checkpoint and the same groups in the same order (a MedQuAD
+question, its answer and BM25's competitors, whole answers at their real lengths, cut at 256 tokens), and lets each
+take one step after the other in one process. A ratio is the median over steps of the ratio of two trainers' seconds
+for that step. Where the objective is the same, so must be the loss of every step, to rounding; the run fails if it is
+not. :mod:`benchmarks.peers` says how each peer is set.
+
+MFU is what the model must compute for the real tokens, forward and backward, over what a large square product reaches
+on this machine in the same run. Padding earns nothing, and the last layer counts whole even for those who leave out
+what is not read of it.
+
+FlagEmbedding 1.4.2 runs beside transformers 5 and is measured where it is installed.
+"""
+
+import gc
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import AutoModelForSequenceClassification, Trainer
+
+from benchmarks import peers
+from benchmarks.data import MEDQUAD, PACKAGED, medquad_groups, prepare_checkpoint, step_lengths
+from benchmarks.measure import arguments, matmul_rate, median_ratio, save, spread
+from benchmarks.roofline import model_flops
+from benchmarks.turns import Timed, take_turns
+
+OURS = "lce_trainer"
+# How far a loss may be off ours. FlagEmbedding may read other last tokens of a passage that is cut; see peers.
+ROUNDING = {"fp32": 2e-4, "bf16": 0.05}
+OTHER_TOKENS = {"FlagEmbedding": 0.05}
+
+Build = Callable[[Path, datasets.Dataset, int, dict[str, Any]], Trainer]
+
+
+def systems() -> dict[str, Build]:
+    """The trainers that can run here, by name."""
+    found: dict[str, Build] = {OURS: peers.ours}
+    if peers.can_choose_packing():
+        found["lce_trainer, padded"] = partial(peers.ours, packing="none")
+    if find_spec("sentence_transformers"):
+        found["sentence-transformers"] = peers.sentence_transformers
+        found["sentence-transformers, whole batch at once"] = partial(peers.sentence_transformers, mini_batch=-1)
+    if find_spec("FlagEmbedding"):
+        found["FlagEmbedding"] = peers.flag_embedding
+    found["plain padded loop"] = peers.plain
+    found["plain padded loop, length buckets"] = peers.bucketed
+    return found
+
+
+def race(
+    builds: dict[str, Build],
+    checkpoint: Path,
+    groups: datasets.Dataset,
+    *,
+    precision: str,
+    batch: int,
+    steps: int,
+    warmup: int,
+    max_length: int,
+) -> dict[str, Timed]:
+    """Every trainer, a step each in turn.
+
+    Raises:
+        SystemExit: Two trainers' losses differ by more than rounding, so they were not doing the same.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        trainers = {}
+        for i, (name, build) in enumerate(builds.items()):
+            shared = peers.settings(Path(work) / str(i), steps=warmup + steps, groups=batch, bf16=precision == "bf16")
+            trainers[name] = build(checkpoint, groups, max_length, shared)
+        timed = take_turns(trainers, steps, warmup)
+    del trainers
+    gc.collect()
+    for name, one in timed.items():
+        allowed = max(ROUNDING[precision], OTHER_TOKENS.get(name, 0.0))
+        worst = max(abs(a - b) for a, b in zip(one.losses, timed[OURS].losses, strict=True))
+        if worst > allowed:
+            raise SystemExit(f"{name}, {precision}: a step's loss differs by {worst:.1e} from ours: not the same work")
+    return timed
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = arguments((__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--model", default=PACKAGED, help="or random:minilm-l6, random:bert-base, random:modernbert-base"
+    )
+    parser.add_argument("--data", type=Path, default=MEDQUAD, help="folder with MedQuAD's files, or groups as parquet")
+    parser.add_argument("--batch", type=int, default=4, help="groups a step")
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--steps", type=int, help="measured steps; 12, or 4 in the short form")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before")
+    parser.add_argument("--precision", nargs="+", choices=ROUNDING, default=list(ROUNDING))
+    parser.add_argument("--only", nargs="+", help="names of the trainers, besides ours")
+    parser.add_argument("--name", default="train", help="of the results")
+    args = parser.parse_args(argv)
+    steps = args.steps or (4 if args.short else 12)
+    builds = {name: build for name, build in systems().items() if not args.only or name in {OURS, *args.only}}
+    groups = medquad_groups(args.data, queries=args.batch * (steps + args.warmup), size=args.group_size)
+    results: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as work:
+        checkpoint = prepare_checkpoint(args.model, Path(work) / "model", max_length=args.max_length)
+        lengths = step_lengths(checkpoint, groups, args.batch, args.max_length)[args.warmup :]
+        weights = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+        needed = [3 * model_flops(weights, step) for step in lengths]
+        for precision in args.precision:
+            rate = matmul_rate(precision)
+            options = {"batch": args.batch, "steps": steps, "warmup": args.warmup, "max_length": args.max_length}
+            timed = race(builds, checkpoint, groups, precision=precision, **options)
+            rate = max(rate, matmul_rate(precision))
+            results[precision] = {
+                "matmul_flops_per_second": rate,
+                "trainers": {
+                    name: {
+                        "pairs_per_second": spread([len(n) / s for n, s in zip(lengths, one.seconds, strict=True)]),
+                        "mfu": spread([f / s / rate for f, s in zip(needed, one.seconds, strict=True)])["median"],
+                        "seconds": one.seconds,
+                        "losses": one.losses,
+                    }
+                    for name, one in timed.items()
+                },
+            }
+            show(precision, results[precision]["trainers"])
+            for name in builds:
+                if name != OURS:
+                    what = f"{precision}: pairs/s over those of {name}"
+                    ratios[what] = median_ratio(timed[name].seconds, timed[OURS].seconds)
+    settings = {
+        **{name: str(getattr(args, name)) for name in ("model", "batch", "group_size", "max_length", "warmup")},
+        "steps": steps,
+        "tokens_per_pair": spread([n for step in lengths for n in step]),
+    }
+    save(args.out, args.name, settings, results, ratios)
+
+
+def show(precision: str, trainers: dict[str, Any]) -> None:
+    """The table of one precision."""
+    rows: Iterable[tuple[str, dict[str, Any]]] = trainers.items()
+    print(f"\n{precision:44s} {'pairs/s':>8s} {'quartiles':>17s} {'MFU':>6s}")
+    for name, row in rows:
+        speed = row["pairs_per_second"]
+        quartiles = f"{speed['q25']:.1f} to {speed['q75']:.1f}"
+        print(f"{name:44s} {speed['median']:8.1f} {quartiles:>17s} {row['mfu']:6.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
