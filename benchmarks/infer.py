@@ -1,0 +1,160 @@
+"""Inference: pairs a second of ``Reranker.score``, ``CrossEncoder.predict`` and FlagEmbedding's reranker, in turn.
+
+``python -m benchmarks.infer`` gives each the same checkpoint and the same pairs (MedQuAD questions with the answers
+that BM25 finds for them, whole, cut at 256 tokens), one after the other in one process, after choosing for each the
+batch size it is fastest with. The scores must be the same, to rounding; the run fails if they are not. A ratio is the
+median over rounds of the ratio of two systems' seconds for the same pairs.
+
+bf16 is bfloat16 weights. FlagEmbedding has float16 only, on GPUs, so it has no figure for bf16.
+"""
+
+import inspect
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.data import MEDQUAD, PACKAGED, medquad_groups, prepare_checkpoint
+from benchmarks.measure import PRECISIONS, arguments, device, median_ratio, save, seconds_of, spread
+from lce_trainer import Reranker
+
+OURS = "lce_trainer"
+ROUNDING = {"fp32": 1e-4, "bf16": 0.05}  # of the largest score, or of 1 if that is less
+
+Pairs = Sequence[tuple[str, str]]
+Score = Callable[[Pairs, int], np.ndarray]
+
+
+@dataclass
+class System:
+    """Something that scores pairs.
+
+    Attributes:
+        score: Of pairs, at a batch size.
+        sizes: Batch sizes to choose from: tokens for ours, pairs for the others.
+    """
+
+    score: Score
+    sizes: Sequence[int]
+    chosen: int = 0
+
+
+def systems(checkpoint: Path, precision: str, max_length: int) -> dict[str, System]:
+    """What can run here, by name."""
+    dtype, tokens, pairs = PRECISIONS[precision], (2048, 4096, 8192, 16384), (8, 16, 32, 64, 128)
+    if device().type != "cpu":
+        tokens, pairs = tuple(8 * size for size in tokens), tuple(8 * size for size in pairs)
+    reranker = Reranker.from_pretrained(checkpoint, dtype=dtype, max_length=max_length)
+    found = {OURS: System(lambda given, size: reranker.score(given, batch_tokens=size), tokens)}
+    if "packing" in inspect.signature(Reranker.from_pretrained).parameters:
+        padded = Reranker.from_pretrained(checkpoint, dtype=dtype, max_length=max_length, packing="none")
+        found["lce_trainer, padded"] = System(lambda given, size: padded.score(given, batch_tokens=size), tokens)
+    if find_spec("sentence_transformers"):
+        from sentence_transformers import CrossEncoder
+
+        encoder = CrossEncoder(
+            str(checkpoint),
+            max_length=max_length,
+            model_kwargs={"dtype": dtype},
+            activation_fn=torch.nn.Identity(),
+            device=str(device()),
+        )
+        found["sentence-transformers"] = System(
+            lambda given, size: encoder.predict(list(given), batch_size=size, show_progress_bar=False), pairs
+        )
+    if find_spec("FlagEmbedding") and precision == "fp32":
+        from FlagEmbedding.inference.reranker.encoder_only.base import BaseReranker
+
+        flag = BaseReranker(str(checkpoint), max_length=max_length, devices=[str(device())])
+        found["FlagEmbedding"] = System(
+            lambda given, size: np.array(flag.compute_score_single_gpu(list(given), batch_size=size)), pairs
+        )
+    return found
+
+
+def choose_sizes(found: dict[str, System], pairs: Pairs) -> None:
+    """Give each system the batch size it is fastest with."""
+    for system in found.values():
+        system.score(pairs[:16], system.sizes[0])
+        seconds = {size: seconds_of(lambda size=size, s=system: s.score(pairs, size)) for size in system.sizes}
+        system.chosen = min(seconds, key=seconds.__getitem__)
+
+
+def race(found: dict[str, System], rounds: Sequence[Pairs], precision: str) -> dict[str, list[float]]:
+    """Seconds of each system for each round of pairs, by name.
+
+    Raises:
+        SystemExit: Two systems' scores differ by more than rounding, so they were not doing the same.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    names = list(found)
+    for turn, pairs in enumerate(rounds):
+        scores = {}
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+
+            def work(name: str = name, pairs: Pairs = pairs, scores: dict[str, Any] = scores) -> None:
+                scores[name] = found[name].score(pairs, found[name].chosen)
+
+            seconds[name].append(seconds_of(work))
+        allowed = ROUNDING[precision] * max(1.0, float(np.abs(scores[OURS]).max()))
+        for name in names:
+            worst = float(np.abs(scores[name] - scores[OURS]).max())
+            if worst > allowed:
+                raise SystemExit(f"{name}, {precision}: a score differs by {worst:.1e} from ours: not the same work")
+    return seconds
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = arguments((__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--model", default=PACKAGED, help="or random:minilm-l6, random:bert-base, random:modernbert-base"
+    )
+    parser.add_argument("--data", type=Path, default=MEDQUAD, help="folder with MedQuAD's files, or groups as parquet")
+    parser.add_argument("--queries", type=int, default=6, help="of a round")
+    parser.add_argument("--candidates", type=int, default=32, help="of a query")
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, help="9, or 3 in the short form")
+    parser.add_argument("--precision", nargs="+", choices=ROUNDING, default=list(ROUNDING))
+    parser.add_argument("--name", default="infer", help="of the results")
+    args = parser.parse_args(argv)
+    rounds = args.rounds or (3 if args.short else 9)
+    groups = medquad_groups(args.data, queries=args.queries * (rounds + 1), size=args.candidates)
+    pairs = [(row["query"], text) for row in groups for text in row["passages"]]
+    size = args.queries * args.candidates
+    parts = [pairs[start : start + size] for start in range(0, size * (rounds + 1), size)]
+    results: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as work:
+        checkpoint = prepare_checkpoint(args.model, Path(work) / "model", max_length=args.max_length)
+        for precision in args.precision:
+            found = systems(checkpoint, precision, args.max_length)
+            choose_sizes(found, parts[0][: len(parts[0]) // 2] if args.short else parts[0])
+            seconds = race(found, parts[1:], precision)
+            results[precision] = {
+                name: {
+                    "pairs_per_second": spread([len(p) / s for p, s in zip(parts[1:], spent, strict=True)]),
+                    "batch_size": found[name].chosen,
+                    "seconds": spent,
+                }
+                for name, spent in seconds.items()
+            }
+            print(f"\n{precision:30s} {'pairs/s':>8s} {'quartiles':>17s}  batch")
+            for name, row in results[precision].items():
+                speed = row["pairs_per_second"]
+                quartiles = f"{speed['q25']:.1f} to {speed['q75']:.1f}"
+                unit = "tokens" if name.startswith(OURS) else "pairs"
+                print(f"{name:30s} {speed['median']:8.1f} {quartiles:>17s}  {row['batch_size']} {unit}", flush=True)
+                if name != OURS:
+                    ratios[f"{precision}: pairs/s over those of {name}"] = median_ratio(seconds[name], seconds[OURS])
+    chosen = {name: str(getattr(args, name)) for name in ("model", "queries", "candidates", "max_length")}
+    save(args.out, args.name, {**chosen, "rounds": rounds}, results, ratios)
+
+
+if __name__ == "__main__":
+    main()
