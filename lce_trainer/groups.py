@@ -66,7 +66,8 @@ def check_groups(groups: datasets.Dataset, name: str = "") -> datasets.Dataset:
 
     Returns:
         The rows with exactly the columns of ``GROUPS_FEATURES``: ids are made up and scores are
-        null where there are none. Memory-mapped columns stay so.
+        null where there are none. Memory-mapped columns stay so, and a selection of rows stays a
+        selection: what ``arrow_table`` gives has its rows alone.
 
     Raises:
         GroupsError: A column is missing or of another type, or a row holds a null, a label that is
@@ -79,11 +80,14 @@ def check_groups(groups: datasets.Dataset, name: str = "") -> datasets.Dataset:
             f"{where}groups need the columns {', '.join(_REQUIRED)}; missing: {', '.join(missing)}; there are: "
             f"{', '.join(groups.column_names)}. lce_trainer.to_groups turns other layouts into groups"
         )
-    table = _with_every_column(groups, where)
-    _check_rows(table, where)
+    if groups.format["type"] == "custom":  # set_transform
+        groups = datasets.Dataset.from_dict(groups[:])
+    table = _with_every_column(groups.data.table, where)
+    _check_rows(table, _selection(groups), where)
     return datasets.Dataset(
         table,
         info=datasets.DatasetInfo(features=GROUPS_FEATURES),
+        indices_table=groups._indices,  # a selection of rows copies no text
         fingerprint=update_fingerprint(groups._fingerprint, "check_groups", {}),  # or it would hash every byte
     )
 
@@ -103,8 +107,8 @@ def validate_groups(groups: datasets.Dataset) -> tuple[datasets.Dataset, dict[st
         GroupsError: As :func:`check_groups`.
     """
     checked = check_groups(groups)
-    table = checked.data.table
-    labels = table["labels"].combine_chunks()
+    labels, rows = checked.data.table["labels"], _selection(checked)
+    labels = (labels if rows is None else labels.take(pa.array(rows))).combine_chunks()
     positive = np.asarray(pc.greater(labels.flatten(), 0))
     lengths = pc.list_value_length(labels).to_numpy(zero_copy_only=False)
     row = np.repeat(np.arange(len(lengths)), lengths)
@@ -128,7 +132,8 @@ def validate_groups(groups: datasets.Dataset) -> tuple[datasets.Dataset, dict[st
     # A stable sort by (row, is negative) keeps the order inside positives and inside negatives.
     order = np.lexsort((~positive, row))
     if not np.array_equal(order, np.arange(len(order))):
-        checked = datasets.Dataset(_reorder(table, order), info=checked.info, fingerprint=checked._fingerprint + "-")
+        table = _reorder(arrow_table(checked), order)
+        checked = datasets.Dataset(table, info=checked.info, fingerprint=checked._fingerprint + "-")
     return checked.select(np.flatnonzero(usable)) if dropped else checked, counts
 
 
@@ -139,9 +144,13 @@ def arrow_table(table: datasets.Dataset) -> pa.Table:
     return table.flatten_indices().data.table if table._indices is not None else table.data.table
 
 
-def _with_every_column(groups: datasets.Dataset, where: str) -> pa.Table:
+def _selection(table: datasets.Dataset) -> np.ndarray | None:
+    """Rows of the underlying table that a dataset consists of; None if all, in their order."""
+    return None if table._indices is None else table._indices.column(0).to_numpy()
+
+
+def _with_every_column(table: pa.Table, where: str) -> pa.Table:
     """Columns in schema order and types; ids are made up and scores are null where there are none."""
-    table = arrow_table(groups)
     schema = GROUPS_FEATURES.arrow_schema
     columns: dict[str, pa.ChunkedArray | pa.Array] = {}
     for name in (*_REQUIRED, *schema.names):
@@ -163,32 +172,45 @@ def _with_every_column(groups: datasets.Dataset, where: str) -> pa.Table:
     return pa.table({name: columns[name] for name in schema.names})
 
 
-def _check_rows(table: pa.Table, where: str) -> None:
-    lengths = pc.list_value_length(table["passages"])
+def _check_rows(table: pa.Table, rows: np.ndarray | None, where: str) -> None:
+    """Of a table's rows, or of those selected, which are numbered as the selection numbers them."""
+
+    def refuse(bad: np.ndarray, name: str, what: str) -> None:
+        chosen = bad if rows is None else bad[rows]
+        if chosen.any():
+            row = int(chosen.argmax())
+            there = row if rows is None else int(rows[row])
+            have, want = lengths.get(name, lengths["passages"])[there], lengths["passages"][there]
+            raise GroupsError(f"{where}row {row}: {what.format(name=name, have=have, want=want)}")
+
+    lengths = {name: _lengths(table[name]) for name in ("passages", "passage_ids", "labels", "scores")}
     for name in ("query_id", "query", "passage_ids", "passages", "labels"):
         column = table[name]
         if column.null_count:
-            raise GroupsError(f"{where}row {pc.index(pc.is_null(column), True).as_py()}: {name} is null")
-        if name in ("passage_ids", "passages", "labels"):
+            refuse(pc.is_null(column).to_numpy(), name, "{name} is null")
+        if name in lengths:
             items = pc.list_flatten(column)
             if items.null_count:
-                raise GroupsError(f"{where}row {_row_of(column, pc.is_null(items))}: {name} holds a null")
+                refuse(_rows_with(pc.is_null(items), lengths[name]), name, "{name} holds a null")
             if name == "labels" and not pc.all(pc.is_finite(items), min_count=0).as_py():
-                bad = _row_of(column, pc.invert(pc.is_finite(items)))
-                raise GroupsError(f"{where}row {bad}: a label is not a finite number")
+                bad = _rows_with(pc.invert(pc.fill_null(pc.is_finite(items), False)), lengths[name])
+                refuse(bad, name, "a label is not a finite number")
     for name in ("passage_ids", "labels", "scores"):
         # A null list of scores means the group was never judged: nothing to compare.
-        same = pc.fill_null(pc.equal(pc.list_value_length(table[name]), lengths), True)
-        if not pc.all(same, min_count=0).as_py():
-            bad = pc.index(same, False).as_py()
-            have, want = len(table[name][bad].as_py()), lengths[bad].as_py()
-            raise GroupsError(f"{where}row {bad}: {have} {name} for {want} passages")
+        bad = pc.is_valid(table[name]).to_numpy() & (lengths[name] != lengths["passages"])
+        refuse(bad, name, "{have} {name} for {want} passages")
 
 
-def _row_of(column: pa.ChunkedArray, bad: pa.ChunkedArray) -> int:
-    """The row that the first bad item of a list column lies in."""
-    ends = np.cumsum(pc.list_value_length(column).to_numpy())
-    return int(np.searchsorted(ends, pc.index(bad, True).as_py(), side="right"))
+def _lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """Items of each list, 0 where it is null."""
+    lengths: np.ndarray = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    return lengths
+
+
+def _rows_with(bad: pa.ChunkedArray, lengths: np.ndarray) -> np.ndarray:
+    """Which rows hold an item that is bad, by the items of all lists, one after the other."""
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    return np.bincount(row[bad.to_numpy()], minlength=len(lengths)) > 0
 
 
 def _reorder(table: pa.Table, order: np.ndarray) -> pa.Table:

@@ -70,7 +70,21 @@ def test_checked_and_validated_groups_stay_on_disk(tmp_path):
     before = pa.total_allocated_bytes()
     kept, counts = validate_groups(mapped)
     assert counts["groups_without_negative"] == 1 and len(kept) == n - 1
+    drawn, _ = validate_groups(mapped.select(np.arange(n)[::-2]))
+    assert len(drawn) == n // 2 - 1
     assert pa.total_allocated_bytes() - before < 5e6  # of 20 MB of text
+    assert not list((tmp_path / "cache").rglob("cache-*"))  # nor is a copy of it written
+
+
+def test_what_a_selection_leaves_out_may_be_bad_and_what_it_takes_is_numbered_as_it_does():
+    table = rows((["a", None], [1, 0]), (["a", "b"], [1, 0]), (["a"], [1, 0]), (["c", "d"], [0, 1]))
+    groups, _ = validate_groups(table.select([3, 1]))
+    assert groups["passages"][:] == [["d", "c"], ["a", "b"]] and groups["labels"][:] == [[1, 0], [1, 0]]
+    assert check_groups(table.select([3, 1]))["passages"][:] == [["c", "d"], ["a", "b"]]
+    with pytest.raises(GroupsError, match="row 1: passages holds a null"):
+        validate_groups(table.select([1, 0]))
+    with pytest.raises(GroupsError, match="row 0: 2 labels for 1 passages"):
+        validate_groups(table.select([2, 3]))
 
 
 @pytest.mark.parametrize(
