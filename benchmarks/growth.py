@@ -238,13 +238,11 @@ def measure(kind: str, folder: Path, size: int) -> dict[str, float]:
         while not stop.wait(0.02):
             own.append(memory().get("own", 0))
 
-    sampler = threading.Thread(target=sample)
-    sampler.start()
+    threading.Thread(target=sample, daemon=True).start()
     started = time.perf_counter()
     WORK[kind](folder, size)
     seconds = time.perf_counter() - started
     stop.set()
-    sampler.join()
     return {"seconds": seconds, "peak": memory().get("peak", 0), "own": max(own), "before": before}
 
 

@@ -26,7 +26,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 from lce_trainer import LCETrainer, LCETrainingArguments
-from lce_trainer.reranker import load_model
+from lce_trainer.loading import load_model
 
 ONE_HOT = 100.0  # exp(-100) is below float32's rounding beside 1
 BUCKETS = (0, 64, 128, 192, 1 << 30)  # tokens; bounds of the plain length-bucketed loop

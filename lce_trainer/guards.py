@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 EvalDataset: TypeAlias = datasets.Dataset | Mapping[str, datasets.Dataset] | None
 
+_BATCH = 4096  # groups whose texts are looked at at once
 _COUNTS = ("pairs", "tokens", "padded_tokens", "cut_pairs")
 _GROUP_SUMS = ("groups", "loss", "guessing", "gain_squared", "accuracy", "one_in_n", "margin", "spread")
 
@@ -85,7 +86,7 @@ def check_eval(groups: Any, name: str, train: datasets.Dataset | None) -> None:
     groups = check_groups(groups, name)
     if not len(groups):
         raise GroupsError(f"{name} holds no group")
-    table = groups.data.table
+    table = groups.select_columns(["query", "passages", "labels"]).with_format("arrow")[:]
     lengths = pc.list_value_length(table["labels"]).to_numpy()
     relevant = pc.greater(pc.list_flatten(table["labels"]), 0).to_numpy()
     if empty := len(groups) - len(np.unique(np.repeat(np.arange(len(groups)), lengths)[relevant])):
@@ -96,20 +97,27 @@ def check_eval(groups: Any, name: str, train: datasets.Dataset | None) -> None:
 
 def _report_overlap(table: pa.Table, relevant: np.ndarray, name: str, train: datasets.Dataset) -> None:
     """Warn of queries (but for case and outer spaces) and of passages (the very same text) that are trained on."""
-    trained = train.select_columns(["query", "passages", "labels"]).with_format("arrow")[:]
-    queries, known = (pc.utf8_trim_whitespace(pc.utf8_lower(rows["query"])) for rows in (table, trained))
-    if shared := pc.sum(pc.is_in(queries, value_set=known)).as_py():
+    queries, passages = _normalized(table["query"]), pc.list_flatten(table["passages"])
+    known: dict[str, list[pa.Array]] = {"queries": [], "passages": [], "positives": []}  # that the table has too
+    for batch in train.select_columns(["query", "passages", "labels"]).with_format("arrow").iter(_BATCH):
+        # Looking the many up among the few is quick, and what is left of them is few too.
+        asked, texts = _normalized(batch["query"]), pc.list_flatten(batch["passages"])
+        both = pc.is_in(texts, value_set=passages)
+        positive = pc.and_(both, pc.greater(pc.list_flatten(batch["labels"]), 0))
+        known["queries"] += asked.filter(pc.is_in(asked, value_set=queries)).chunks
+        known["passages"] += texts.filter(both).chunks
+        known["positives"] += texts.filter(positive).chunks
+    values = {kind: pa.chunked_array(found, pa.string()) for kind, found in known.items()}
+    shared = pc.is_in(queries, value_set=values["queries"]).to_numpy()
+    seen = pc.is_in(passages, value_set=values["passages"]).to_numpy()
+    told = pc.is_in(passages, value_set=values["positives"]).to_numpy() & relevant
+    if shared.any():
         logger.warning(
-            "%s: %d of its %d queries are also trained on, so its figures say too much", name, shared, len(queries)
+            "%s: %d of its %d queries are also trained on, so its figures say too much",
+            *(name, shared.sum(), len(shared)),
         )
-    passages, known = (pc.list_flatten(rows["passages"]) for rows in (table, trained))
-    # Looking the many up among the few is quick, and what is left of them is few too.
-    both = pc.is_in(known, value_set=passages)
-    if not pc.any(both).as_py():
+    if not seen.any():
         return
-    seen = pc.is_in(passages, value_set=known.filter(both)).to_numpy()
-    positives = known.filter(pc.and_(both, pc.greater(pc.list_flatten(trained["labels"]), 0)))
-    told = pc.is_in(passages, value_set=positives).to_numpy() & relevant
     logger.warning(
         "%s: %d of its %d passages are also trained on, and %d of its %d relevant ones as positives: its figures hold "
         "for these documents, and may be lower for new ones",
@@ -119,6 +127,10 @@ def _report_overlap(table: pa.Table, relevant: np.ndarray, name: str, train: dat
         told.sum(),
         relevant.sum(),
     )
+
+
+def _normalized(queries: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.utf8_trim_whitespace(pc.utf8_lower(queries))
 
 
 def check_model(model: Any, tokenizer: PreTrainedTokenizerBase, args: LCETrainingArguments) -> None:
