@@ -14,7 +14,7 @@ from lce_trainer.cli import _parser
 from lce_trainer.run import open_run
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "recipes/README.md", "CONTRIBUTING.md", "recipes/medquad/recipe.yaml")
+DOCUMENTS = ("README.md", "docs/trainer.md", "recipes/README.md", "CONTRIBUTING.md", "recipes/medquad/recipe.yaml")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
