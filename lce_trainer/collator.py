@@ -211,7 +211,7 @@ def _select_pairs(batch: Batch, pairs: np.ndarray) -> Batch:
     for name, value in batch.items():
         if name == "lengths":
             part[name] = [value[i] for i in pairs]
-        elif isinstance(value, Tensor) and name not in _OF_GROUPS:
+        elif isinstance(value, Tensor) and name not in (*_OF_GROUPS, "places"):
             part[name] = value[torch.as_tensor(pairs, device=value.device)]
     return part
 

@@ -5,13 +5,14 @@ together. A rank with less to do than the others then runs passes that add nothi
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -37,6 +38,23 @@ def with_the_others(accelerator: Accelerator, items: Iterator[T]) -> Iterator[T 
     """This rank's items, then None as long as another rank has some."""
     while any(most(accelerator, (item := next(items, None)) is not None)):
         yield item
+
+
+@contextmanager
+def adding_up(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """A backward pass that is not the last of its step: its gradients are added to those to come."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        state, last = accelerator.gradient_state, accelerator.sync_gradients
+        state._set_sync_gradients(False)  # or accelerate would have DeepSpeed take the optimizer's step
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(last)
+    elif in_lockstep(accelerator):
+        yield  # each pass shares out its gradients: held back, they would be whole on every rank
+    else:
+        with accelerator.no_sync(model):
+            yield
 
 
 def score_share(

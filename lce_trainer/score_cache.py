@@ -11,9 +11,52 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from lce_trainer.collator import Batch, micro_batches, select_groups, select_pairs
+from lce_trainer.lockstep import in_lockstep, most
+
+
+def run_step(
+    accelerator: Accelerator,
+    parts: Sequence[Sequence[Batch]],
+    score: Callable[[Batch], Tensor],
+    loss_of: Callable[[Tensor, Batch], Tensor],
+    backward: Callable[[Batch, bool], Tensor],
+) -> Tensor:
+    """Forward and backward through the parts of a batch.
+
+    Args:
+        accelerator: Tells whether ranks must run the model equally often.
+        parts: From :func:`cut_step`.
+        score: Gives the logit of each pair of a chunk, shape ``(pairs,)``.
+        loss_of: Gives the loss of a part from the logits of this rank's pairs.
+        backward: Runs a chunk forward and back; told whether it is the last one. Gives its loss.
+
+    Returns:
+        The loss of the batch.
+    """
+    cached = [part for part in parts if len(part) > 1]
+    passes = [sum(map(len, cached)), sum(map(len, parts))]
+    most_passes = most(accelerator, *passes) if in_lockstep(accelerator) else passes
+    losses: list[Tensor] = []
+    chunks: list[Batch] = []
+    for part in cached:
+        ready, loss = cache_gradients(part, score, loss_of)
+        losses.append(loss)
+        chunks += ready
+    idle = idle_chunk(parts[0][0])
+    with torch.no_grad():
+        for _ in range(most_passes[0] - passes[0]):
+            score(idle)
+    chunks += [part[0] for part in parts if len(part) == 1] + [idle] * (most_passes[1] - passes[1])
+    for place, chunk in enumerate(chunks, start=1):
+        with replayed(chunk):
+            loss = backward(chunk, place == len(chunks))
+        if "score_gradient" not in chunk:
+            losses.append(loss)
+    return torch.stack(losses).sum()
 
 
 def cut_step(batch: Batch, pairs: int | None, rank: int = 0, ranks: int = 1) -> list[list[Batch]]:

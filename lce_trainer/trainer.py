@@ -1,6 +1,7 @@
 """LCETrainer: ``transformers.Trainer`` that learns to rank from groups."""
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,13 @@ from lce_trainer.guards import (
     usable_groups,
 )
 from lce_trainer.loading import prepare
-from lce_trainer.lockstep import score_share
+from lce_trainer.lockstep import adding_up, in_lockstep, score_share
 from lce_trainer.loss import distillation_loss, lce_loss
 from lce_trainer.metrics import group_metrics
 from lce_trainer.packing import batch_scores, enable_packing, packed_scores, packs, padded_scores
 from lce_trainer.sampling import GroupSampler, group_sampler
 from lce_trainer.saving import add_notes, note_format, save_reranker, write_settings
-from lce_trainer.score_cache import cache_gradients, cut_step, replayed
+from lce_trainer.score_cache import cut_step, run_step
 from lce_trainer.streaming import StreamWatch, is_stream, training_rows
 from lce_trainer.training_args import LCETrainingArguments
 
@@ -129,6 +130,8 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             with self.accelerator.autocast():
                 enable_packing(self.model)
         self._bucket_overhead: int = default if args.bucket_overhead is None else args.bucket_overhead
+        if in_lockstep(self.accelerator):
+            self._bucket_overhead = 1 << 40  # one pass a chunk, so that ranks can tell how many there are
 
     # ---- data
 
@@ -180,26 +183,24 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         model.train()
-        loss = torch.zeros((), device=self.args.device)
-        chunks: list[Batch] = []
-        for part in cut_step(self._prepare_inputs(inputs), self.args.micro_batch_size):
-            if len(part) > 1:
-                with self.compute_loss_context_manager():
-                    part, cached = cache_gradients(
-                        part,
-                        lambda chunk: self._scores(model, chunk),
-                        lambda scores, whole: self._loss(scores, whole, num_items_in_batch)[0],
-                    )
-                loss += cached
-            chunks += part
-        for chunk in chunks:
+        step: Callable[..., Tensor] = super().training_step
+
+        def score(chunk: Batch) -> Tensor:
+            with self.compute_loss_context_manager():
+                return self._scores(model, chunk)
+
+        def backward(chunk: Batch, is_last: bool) -> Tensor:
             # Only the last backward may reduce over ranks: they need not have equally many chunks.
-            waits = nullcontext() if chunk is chunks[-1] else self.accelerator.no_sync(model)
-            with waits, replayed(chunk):
-                value = super().training_step(model, chunk, num_items_in_batch)
-            if "score_gradient" not in chunk:
-                loss += value
-        return loss
+            with nullcontext() if is_last else adding_up(self.accelerator, model):
+                return step(model, chunk, num_items_in_batch)
+
+        return run_step(
+            self.accelerator,
+            cut_step(self._prepare_inputs(inputs), self.args.micro_batch_size),
+            score,
+            lambda scores, part: self._loss(scores, part, num_items_in_batch)[0],
+            backward,
+        )
 
     def compute_loss(
         self,
