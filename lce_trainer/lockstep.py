@@ -4,6 +4,7 @@ Where each rank holds a part of every layer (FSDP, DeepSpeed), a forward or back
 together. A rank with less to do than the others then runs passes that add nothing.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,12 +12,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lce_trainer.reranker import scoring_batches
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -25,6 +28,22 @@ def in_lockstep(accelerator: Accelerator) -> bool:
     """Whether every pass through the model is made by all ranks together."""
     sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
     return accelerator.num_processes > 1 and accelerator.distributed_type in sharded
+
+
+def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
+    """Have FSDP share out each transformer layer on its own, unless its config names what to share out.
+
+    accelerate goes by ``_no_split_modules``, which several families do not have, and which in BERT's holds the
+    embeddings, where accelerate shares out the words' once more, and fails.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        logger.warning(
+            "FSDP was asked for, but accelerate shares out models on GPUs only: every process holds it whole"
+        )
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None and lists:
+        plugin.transformer_cls_names_to_wrap = [type(max(lists, key=len)[0]).__name__]
 
 
 def most(accelerator: Accelerator, *counts: int) -> list[int]:

@@ -63,5 +63,40 @@ def distillation_loss(
     return divergence.sum() if reduction == "sum" else divergence
 
 
+def group_losses(
+    scores: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    teacher_scores: Tensor,
+    temperature: float = 1.0,
+    distillation_weight: float = 0.0,
+    distillation_temperature: float = 1.0,
+) -> Tensor:
+    """LCE of each group, mixed with the distillation from its teacher's scores where it has some.
+
+    Args:
+        scores: Logits, shape ``(groups, width)``.
+        target: Column of each group's positive, shape ``(groups,)``.
+        mask: True where a score competes, shape ``(groups, width)``.
+        teacher_scores: NaN where unknown, shape ``(groups, width)``.
+        temperature: Divides the scores.
+        distillation_weight: Part of the loss that is the distillation.
+        distillation_temperature: Divides the teacher's scores.
+
+    Returns:
+        Loss in nats, shape ``(groups,)``.
+    """
+    lce = lce_loss(scores, target, mask, temperature, reduction="none")
+    if not distillation_weight:
+        return lce
+    known = mask & ~teacher_scores.isnan()
+    distilled = distillation_loss(
+        scores / temperature, teacher_scores, known, distillation_temperature, reduction="none"
+    )
+    weight = distillation_weight * known.any(dim=1)
+    mixed: Tensor = (1 - weight) * lce + weight * distilled
+    return mixed
+
+
 def _at_least_float32(scores: Tensor) -> Tensor:
     return scores if scores.dtype == torch.float64 else scores.float()

@@ -31,8 +31,8 @@ from lce_trainer.guards import (
     usable_groups,
 )
 from lce_trainer.loading import prepare
-from lce_trainer.lockstep import adding_up, in_lockstep, score_share
-from lce_trainer.loss import distillation_loss, lce_loss
+from lce_trainer.lockstep import adding_up, in_lockstep, score_share, shard_by_layer
+from lce_trainer.loss import group_losses
 from lce_trainer.metrics import group_metrics
 from lce_trainer.packing import batch_scores, enable_packing, packed_scores, packs, padded_scores
 from lce_trainer.sampling import GroupSampler, group_sampler
@@ -130,6 +130,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             with self.accelerator.autocast():
                 enable_packing(self.model)
         self._bucket_overhead: int = default if args.bucket_overhead is None else args.bucket_overhead
+        shard_by_layer(self.accelerator, self.model)
         if in_lockstep(self.accelerator):
             self._bucket_overhead = 1 << 40  # one pass a chunk, so that ranks can tell how many there are
 
@@ -248,17 +249,9 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
     def _group_losses(self, grid: Tensor, inputs: Batch) -> Tensor:
         """Loss of each group, shape ``(groups,)``."""
-        mask, temperature = inputs["mask"], self.args.temperature
-        lce = lce_loss(grid, inputs["target"], mask, temperature, reduction="none")
-        if not self.args.distillation_weight:
-            return lce
-        known = mask & ~inputs["teacher"].isnan()
-        distilled = distillation_loss(
-            grid / temperature, inputs["teacher"], known, self.args.distillation_temperature, reduction="none"
-        )
-        weight = self.args.distillation_weight * known.any(dim=1)
-        mixed: Tensor = (1 - weight) * lce + weight * distilled
-        return mixed
+        args = self.args
+        distillation = (args.distillation_weight, args.distillation_temperature)
+        return group_losses(grid, inputs["target"], inputs["mask"], inputs["teacher"], args.temperature, *distillation)
 
     def _scores(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Logit of each pair, shape ``(pairs,)``, in one graph."""
@@ -377,6 +370,13 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
 
     # ---- saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a plain checkpoint, under FSDP as well, whatever the checkpoints of the run look like."""
+        super().save_model(output_dir, _internal_call)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if not _internal_call and "FULL" not in str(getattr(plugin, "state_dict_type", "FULL")):
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A plain checkpoint that every loader scores alike; settings as JSON, never as a pickle."""

@@ -1,0 +1,161 @@
+"""Models of which each rank holds a part: FSDP2, with two processes on the CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from test_trainer import assert_same, easy_groups, make_groups, make_trainer, weights
+from tiny_models import FAMILIES, tiny_model
+from transformers import AutoModelForSequenceClassification
+
+from lce_trainer import Reranker
+from lce_trainer.checkpoints import verify
+from lce_trainer.lockstep import shard_by_layer
+
+TESTS = Path(__file__).parent
+FULL = "FULL_STATE_DICT"
+
+TRAIN = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch
+from torch.distributed.tensor import DTensor
+from test_fsdp import RUN, WAYS, end_of
+from test_trainer import Ruin, easy_groups, make_groups, make_trainer
+from transformers import EarlyStoppingCallback
+
+out, result = Path({out!r}), dict()
+for name, way in WAYS.items():
+    trainer = make_trainer(out / name, make_groups(11), eval_dataset=make_groups(5, seed=9), **way)
+    if name == "evaluated before":
+        result["metrics before"] = trainer.evaluate()
+    trainer.train()
+    assert trainer.accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in trainer.model.parameters())
+    result[name] = end_of(trainer)
+    result[name + " metrics"] = trainer.evaluate()
+"""
+
+WAYS = {
+    "batches": {"per_device_train_batch_size": 4},
+    "micro-batches": {"per_device_train_batch_size": 4, "micro_batch_size": 5},
+    "score cache": {"per_device_train_batch_size": 4, "micro_batch_size": 3},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "micro_batch_size": 3},
+    "padded": {"per_device_train_batch_size": 4, "packing": "none"},
+    "evaluated before": {"per_device_train_batch_size": 4},
+}
+
+RESUME = """
+def trainer():
+    return make_trainer(out / "run", easy_groups(24), eval_dataset=easy_groups(9), **RUN,
+                        callbacks=[Ruin(), EarlyStoppingCallback(2)])
+whole = trainer()
+whole.train()
+result |= dict(whole=end_of(whole), steps=whole.state.global_step, best=whole.state.best_metric,
+              log=[entry["eval_loss"] for entry in whole.state.log_history if "eval_loss" in entry],
+              measured=whole.evaluate())
+whole.save_model(str(out / "model"))
+over = trainer()
+over.train(resume_from_checkpoint=True)
+result |= dict(over=end_of(over), over_steps=over.state.global_step, over_measured=over.evaluate())
+resumed = trainer()
+resumed.train(resume_from_checkpoint=out / "run" / "checkpoint-2")
+result |= dict(resumed=end_of(resumed), resumed_log=[
+    entry["eval_loss"] for entry in resumed.state.log_history if "eval_loss" in entry])
+if whole.is_world_process_zero():
+    torch.save(result, out / "result.pt")
+whole.end()
+"""
+
+RUN = {"per_device_train_batch_size": 3, "optim": "adamw_torch", "learning_rate": 0.02, "eval_strategy": "steps"}
+RUN |= {"eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+RUN |= {"dropout": 0.1, "num_train_epochs": 3, "metric_for_best_model": "loss", "greater_is_better": False}
+
+
+def end_of(trainer) -> dict[str, torch.Tensor]:
+    """The whole weights, put together again."""
+    return {name: tensor.clone() for name, tensor in trainer.accelerator.get_state_dict(trainer.model).items()}
+
+
+def run_sharded(out: Path, state_dict: str = FULL) -> dict:
+    """What two processes that share a model save as ``result.pt``."""
+    script = out / "run.py"
+    script.write_text((TRAIN + RESUME).format(tests=str(TESTS), out=str(out)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    environment |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    environment |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": state_dict}
+    command += [str(TESTS / "fsdp_on_cpu.py"), str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out / "result.pt")
+
+
+@pytest.fixture(scope="module", params=[FULL, pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.slow)])
+def sharded(request, tmp_path_factory) -> tuple[dict, Path]:
+    """What the runs ended with, and where."""
+    folder = tmp_path_factory.mktemp("sharded")
+    return run_sharded(folder, request.param), folder
+
+
+def test_a_sharded_model_is_trained_and_measured_as_a_whole_one(sharded, tmp_path):
+    """Ragged groups: the ranks differ in how many passes a step and an evaluation take them."""
+    result, _ = sharded
+    alone = make_trainer(
+        tmp_path / "alone", make_groups(11), per_device_train_batch_size=8, eval_dataset=make_groups(5, seed=9)
+    )
+    before = alone.evaluate()
+    alone.train()
+    after = alone.evaluate()
+    for name in WAYS:
+        assert_same(result[name], weights(alone), 1e-5)
+    for wanted, got in [(before, "metrics before")] + [(after, f"{name} metrics") for name in WAYS]:
+        for key in wanted:
+            if key.endswith(("@10", "_loss")):
+                assert result[got][key] == pytest.approx(wanted[key], abs=1e-5), (got, key)
+
+
+def test_a_sharded_run_stops_early_resumes_and_saves_a_plain_checkpoint(sharded):
+    result, folder = sharded
+    curve, steps = result["log"], result["steps"]
+    assert 2 < steps < 12 and result["best"] == min(curve) < curve[-1]
+    assert result["measured"]["eval_loss"] == pytest.approx(min(curve), abs=1e-5)
+    assert_same(result["resumed"], result["whole"], 0)
+    assert result["resumed_log"] == curve
+    assert result["over_steps"] == steps
+    assert_same(result["over"], result["whole"], 0)
+    assert result["over_measured"]["eval_loss"] == pytest.approx(min(curve), abs=1e-5)
+    for checkpoint in (folder / "run").glob("checkpoint-*"):
+        verify(checkpoint)
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    assert type(model).__name__ == model.config.architectures[0] == "BertForSequenceClassification"
+    assert_same(model.state_dict(), result["whole"], 0)
+    groups = easy_groups(9)
+    reranker = Reranker.from_pretrained(folder / "model")
+    losses = []
+    for row in groups:
+        scores = reranker.score([(row["query"], text) for text in row["passages"]]).astype(np.float64)
+        losses.append(np.log(np.exp(scores).sum()) - scores[0])
+    assert np.mean(losses) == pytest.approx(min(curve), abs=1e-5)
+
+
+class Plugin:
+    """What shard_by_layer sees of accelerate's."""
+
+    transformer_cls_names_to_wrap = None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_shared_out_one_by_one(family, monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator.state, "fsdp_plugin", Plugin(), raising=False)
+    model = tiny_model(family)
+    shard_by_layer(accelerator, model)
+    (name,) = accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap
+    chosen = [module for module in model.modules() if type(module).__name__ == name]
+    assert len(chosen) == 2 and not any(model.get_input_embeddings() in set(module.modules()) for module in chosen)
