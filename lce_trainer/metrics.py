@@ -83,6 +83,19 @@ def group_metrics(scores: list[np.ndarray], labels: list[np.ndarray], temperatur
     return {**metrics, "loss": float(np.mean(losses))} if losses else metrics
 
 
+def mean_over_sets(metrics: Mapping[str, float], names: Sequence[str], prefix: str) -> dict[str, float]:
+    """Plain means over evaluation sets, as ``PREFIX_ndcg@10``, of what is there as ``PREFIX_NAME_ndcg@10``.
+
+    Empty where a measure has its mean already, or lacks a set.
+    """
+    means = {}
+    for measure in (*MEASURES, "loss"):
+        keys = [f"{prefix}_{name}_{measure}" for name in names]
+        if f"{prefix}_{measure}" not in metrics and all(key in metrics for key in keys):
+            means[f"{prefix}_{measure}"] = float(np.mean([metrics[key] for key in keys]))
+    return means
+
+
 def _grades(query_id: str, grades: Mapping[str, int]) -> dict[str, int]:
     _check_ids(query_id, grades)
     # trec_eval indexes its table of gains with the grade: below zero ("spam") is worth what zero is

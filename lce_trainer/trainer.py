@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from lce_trainer.adapters import merge_adapters
@@ -33,7 +33,7 @@ from lce_trainer.guards import (
 from lce_trainer.loading import prepare
 from lce_trainer.lockstep import adding_up, in_lockstep, score_share, shard_by_layer
 from lce_trainer.loss import group_losses
-from lce_trainer.metrics import group_metrics
+from lce_trainer.metrics import group_metrics, mean_over_sets
 from lce_trainer.packing import batch_scores, enable_packing, packed_scores, packs, padded_scores
 from lce_trainer.sampling import GroupSampler, group_sampler
 from lce_trainer.saving import add_notes, note_format, save_reranker, write_settings
@@ -289,10 +289,13 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         """
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         names = list(by_name(self.eval_dataset if eval_dataset is None else eval_dataset))
-        for measure in ("ndcg@10", "mrr@10", "map@10", "loss"):
-            keys = [f"{metric_key_prefix}_{name}_{measure}" for name in names]
-            if f"{metric_key_prefix}_{measure}" not in metrics and all(key in metrics for key in keys):
-                metrics[f"{metric_key_prefix}_{measure}"] = float(np.mean([metrics[key] for key in keys]))
+        if means := mean_over_sets(metrics, names, metric_key_prefix):
+            # Dashboards and early stopping have seen each set alone so far.
+            metrics |= means
+            self.log(means)
+            self.control: TrainerControl = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
         return metrics
 
     def evaluation_loop(

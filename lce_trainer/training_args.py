@@ -20,6 +20,7 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
         ConfigError: A value cannot be used; transformers' own complaints come as this too.
     """
 
+    # --- Groups and what is seen of them ---
     group_size: int = field(
         default=8, metadata={"help": "Passages a query shows in one step: one positive, the rest negatives."}
     )
@@ -36,6 +37,7 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
     max_query_length: int = field(
         default=64, metadata={"help": "Tokens of a query at most while training; shorter ones are kept whole."}
     )
+    # --- Model ---
     yes_no: bool | None = field(
         default=None,
         metadata={
@@ -43,6 +45,7 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             "null: where the checkpoint says that it does."
         },
     )
+    # --- Loss ---
     temperature: float = field(default=1.0, metadata={"help": "Divides the scores in the loss."})
     distillation_weight: float = field(
         default=0.0,
@@ -54,6 +57,7 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
     distillation_temperature: float = field(
         default=1.0, metadata={"help": "Divides the groups' `scores` before their softmax."}
     )
+    # --- Memory and speed; none of these changes what is learned ---
     micro_batch_size: int | None = field(
         default=None,
         metadata={
@@ -84,6 +88,7 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
         default=8192, metadata={"help": "Tokens, padding included, scored in one forward pass of an evaluation."}
     )
 
+    # --- Defaults other than transformers' own ---
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Linear warmup: a number of steps, or below 1 a part of all steps."}
@@ -95,6 +100,7 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "A resumed run stops early when the uninterrupted one would have."}
     )
+    # --- What must stay as it is ---
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be false: the model sees tensors, never the dataset's columns."}
     )
@@ -148,6 +154,11 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             raise ConfigError(f"distillation_weight must be from 0 to 1, not {self.distillation_weight}")
         if self.packing not in ("auto", "none"):
             raise ConfigError(f"packing must be auto or none, not {self.packing!r}")
+        if self.label_smoothing_factor:
+            raise ConfigError(
+                "label_smoothing_factor must be 0: LCE does not use it; for a softer target distil from scores, see "
+                "distillation_weight"
+            )
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns must be false: the groups' columns are not the model's inputs")
         if self.ddp_broadcast_buffers:

@@ -216,14 +216,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.user is None:
             raise Refusal(401, "Invalid username or password.")
         request = json.loads(self.body)
+        repo_type = request.get("type", "model")
         owner = request.get("organization") or self.user
         if owner != self.user:
-            raise Refusal(403, f"You don't have the rights to create a {request['type']} under {owner!r}")
+            raise Refusal(403, f"You don't have the rights to create a {repo_type} under {owner!r}")
         repo_id = f"{owner}/{request['name']}"
-        url = f"{self.server.url}/{'datasets/' if request['type'] == 'dataset' else ''}{repo_id}"
-        if (request["type"], repo_id) in self.server.repos:
+        url = f"{self.server.url}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+        if (repo_type, repo_id) in self.server.repos:
             raise Refusal(409, "You already created this repo", url=url)
-        repo = self.server.repos[request["type"], repo_id] = Repo(
+        repo = self.server.repos[repo_type, repo_id] = Repo(
             private=request.get("visibility") == "private" or bool(request.get("private"))
         )
         repo.commit("initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", lfs=False)})

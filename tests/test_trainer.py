@@ -364,6 +364,22 @@ def test_several_sets_have_their_own_figures_and_a_mean(tmp_path):
     assert metrics["eval_ndcg@10"] == pytest.approx(np.mean(both))
 
 
+def test_the_mean_of_several_sets_stops_a_run_early(tmp_path):
+    sets = {"one": easy_groups(3), "two": easy_groups(5)}
+    run = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(
+        tmp_path,
+        easy_groups(80),
+        eval_dataset=sets,
+        load_best_model_at_end=True,
+        callbacks=[EarlyStoppingCallback(2)],
+        learning_rate=0.0,
+        **run,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3  # never better than at step 1
+
+
 class Ruin(TrainerCallback):
     """Spoil the model after its third step."""
 

@@ -47,6 +47,7 @@ def test_ranking_decides_which_checkpoint_is_best(tmp_path):
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
         ({"distillation_weight": 1.5}, "distillation_weight must be from 0 to 1"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be false"),
         ({"ddp_broadcast_buffers": True}, "ddp_broadcast_buffers must be false"),
         ({"train_sampling_strategy": "group_by_length"}, "random or sequential"),
@@ -58,6 +59,20 @@ def test_a_value_that_cannot_be_used_is_a_one_line_error(tmp_path, settings, mes
     with pytest.raises(ConfigError, match=message) as caught:
         LCETrainingArguments(str(tmp_path), **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_explains_every_setting_of_ours(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        HfArgumentParser(LCETrainingArguments).parse_args(["--help"])
+    assert stopped.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    inherited = {item.name for item in fields(TrainingArguments)}
+    own = [item for item in fields(LCETrainingArguments) if item.name not in inherited]
+    assert len(own) >= 12
+    for item in own:
+        assert f"--{item.name}" in told
+        # argparse breaks lines at hyphens too
+        assert item.metadata["help"].replace(" ", "") in told.replace(" ", ""), item.name
 
 
 def test_every_setting_is_documented_once_and_reachable_from_a_command_line(tmp_path):

@@ -1,0 +1,85 @@
+"""``push_to_hub`` of transformers, through our trainer, against a server that speaks the Hub's protocol."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from test_hub import TOKEN, client
+
+TRAIN = """
+import os, sys
+from pathlib import Path
+
+token = os.environ.pop("TOKEN_OF_THE_TEST")
+os.environ["HF_HUB_OFFLINE"] = "0"  # or the tests would switch it on
+sys.path.insert(0, {tests!r})
+from test_trainer import make_groups, make_trainer
+
+for strategy in ("end", "every_save", "checkpoint", "all_checkpoints"):
+    trainer = make_trainer(
+        Path({out!r}) / strategy,
+        make_groups(8),
+        per_device_train_batch_size=4,
+        save_strategy="steps",
+        save_steps=1,
+        push_to_hub=True,
+        hub_strategy=strategy,
+        hub_model_id=f"user/{{strategy}}",
+        hub_token=token,
+        hub_private_repo=True,
+        hub_always_push=True,
+        report_to="tensorboard",
+    )
+    trainer.train()
+    trainer.push_to_hub()
+"""
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """The server after a run under each strategy, and the folder the runs wrote to."""
+    out = tmp_path_factory.mktemp("pushed")
+    with HubServer(tokens={TOKEN: "user"}) as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKEN_OF_THE_TEST", TOKEN)
+        done = client(hub, out / "home", None, TRAIN.format(tests=str(Path(__file__).parent), out=str(out / "runs")))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert TOKEN not in done.stdout + done.stderr
+        yield hub, out
+
+
+def test_the_token_is_in_no_file_and_in_no_uploaded_byte(pushed):
+    hub, out = pushed
+    written = [file for file in out.rglob("*") if file.is_file()]
+    assert any(file.name == "optimizer.pt" for file in written)
+    assert any("tfevents" in file.name for file in written)
+    assert not [file for file in written if TOKEN.encode() in file.read_bytes()]
+    contents = [content for repo in hub.repos.values() for commit in repo.commits for content in commit[2].values()]
+    assert len(contents) > 30
+    assert not [blob for blob in contents if TOKEN.encode() in blob.content]
+    assert not [content for content in hub.large.values() if TOKEN.encode() in content]
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_what_is_pushed_is_a_private_reranker(pushed, strategy):
+    hub, _ = pushed
+    files = hub.files("model", f"user/{strategy}")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "training_args.json"} <= files.keys()
+    assert json.loads(files["config.json"])["architectures"] == ["BertForSequenceClassification"]
+    assert json.loads(files["training_args.json"])["hub_model_id"] == f"user/{strategy}"
+    assert hub.repos["model", f"user/{strategy}"].private
+
+
+def test_each_strategy_pushes_when_it_says(pushed):
+    hub, _ = pushed
+    strategies = ("end", "every_save", "checkpoint", "all_checkpoints")
+    messages = {name: [message for _, message, _ in hub.repos["model", f"user/{name}"].commits] for name in strategies}
+    during = {name: sum(text.startswith("Training in progress") for text in messages[name]) for name in messages}
+    # Uploads run beside the training, and one that finds its files gone through already makes no commit.
+    assert during["end"] == 0 and min(during[name] for name in strategies[1:]) >= 1
+    assert "last-checkpoint/optimizer.pt" in hub.files("model", "user/checkpoint")
+    assert {"checkpoint-1/optimizer.pt", "checkpoint-2/optimizer.pt"} <= hub.files(
+        "model", "user/all_checkpoints"
+    ).keys()
+    # transformers pickles its arguments where it pushes in the middle of a run, and nowhere else.
+    assert "training_args.bin" not in hub.files("model", "user/end")
