@@ -113,6 +113,19 @@ class GroupCollator:
         }
 
 
+def group_collator(tokenizer: PreTrainedTokenizerBase, args: Any) -> GroupCollator:
+    """The collator that the settings of a run ask for."""
+    return GroupCollator(
+        tokenizer,
+        args.group_size,
+        args.max_length,
+        args.max_query_length,
+        args.seed if args.data_seed is None else args.data_seed,
+        args.pad_to_multiple_of,
+        args.curriculum_epochs,
+    )
+
+
 def encode_groups(
     tokenizer: PreTrainedTokenizerBase,
     queries: Sequence[str],

@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 
 from lce_trainer.adapters import merge_adapters
 from lce_trainer.checkpoints import checkpoint_to_resume, final_state, sealed_checkpoint
-from lce_trainer.collator import Batch, GroupCollator
+from lce_trainer.collator import Batch, GroupCollator, group_collator
 from lce_trainer.errors import TrainingError
 from lce_trainer.forecast import TellForecast
 from lce_trainer.guards import (
@@ -100,19 +100,10 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             train_dataset, self.counts = usable_groups(train_dataset, args)
         for name, groups in by_name(eval_dataset).items():
             check_eval(groups, name, train_dataset)
-        data_collator = data_collator or GroupCollator(
-            processing_class,
-            args.group_size,
-            args.max_length,
-            args.max_query_length,
-            args.seed if args.data_seed is None else args.data_seed,
-            args.pad_to_multiple_of,
-            args.curriculum_epochs,
-        )
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator,
+            data_collator=data_collator or group_collator(processing_class, args),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
