@@ -229,21 +229,24 @@ def _select_pairs(batch: Batch, pairs: np.ndarray) -> Batch:
     return part
 
 
-def micro_batches(group_sizes: Sequence[int], lengths: Sequence[int], pairs: int) -> list[list[int]]:
-    """Groups that go through the model together: whole ones, alike in length, ``pairs`` at most.
+def micro_batches(
+    group_sizes: Sequence[int], lengths: Sequence[int], pairs: float, tokens: float = math.inf
+) -> list[list[int]]:
+    """Groups that go through the model together: whole ones, alike in length, within both bounds.
 
-    A group is never split, so a group of more than ``pairs`` passages is a micro-batch of its own.
+    A group is never split, so one of more than ``pairs`` passages, or ``tokens`` tokens, is a micro-batch of its own.
     """
     starts = np.concatenate([[0], np.cumsum(group_sizes)])
     longest = [max(lengths[start:end]) for start, end in pairwise(starts)]
+    of_group = np.add.reduceat(np.asarray(lengths), starts[:-1])
     parts: list[list[int]] = []
-    size = pairs
+    filled, long = math.inf, math.inf
     for group in np.argsort(longest, kind="stable")[::-1].tolist():
-        if size + group_sizes[group] > pairs:
+        if filled + group_sizes[group] > pairs or long + of_group[group] > tokens:
             parts.append([])
-            size = 0
+            filled, long = 0, 0
         parts[-1].append(group)
-        size += group_sizes[group]
+        filled, long = filled + group_sizes[group], long + of_group[group]
     return parts
 
 

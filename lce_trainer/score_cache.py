@@ -6,6 +6,7 @@ chunk by chunk with a graph, each backward starting from its scores' gradients, 
 the first time. That is the gradient cache of Gao et al. 2021 (https://arxiv.org/abs/2101.06983), on scores.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -59,7 +60,9 @@ def run_step(
     return torch.stack(losses).sum()
 
 
-def cut_step(batch: Batch, pairs: int | None, rank: int = 0, ranks: int = 1) -> list[list[Batch]]:
+def cut_step(
+    batch: Batch, pairs: int | None, rank: int = 0, ranks: int = 1, tokens: int | None = None
+) -> list[list[Batch]]:
     """Cut a batch into parts of whole groups, and a part into the chunks that go through the model at once.
 
     Args:
@@ -67,6 +70,7 @@ def cut_step(batch: Batch, pairs: int | None, rank: int = 0, ranks: int = 1) -> 
         pairs: In a chunk at most; None: as many as there are.
         rank: Of those that share the pairs of every group, whose chunks are wanted.
         ranks: That share the pairs of every group; they must all hold the same batch.
+        tokens: In a chunk at most, but for one pair that has more; None: as many as there are.
 
     Returns:
         The chunks of each part: as many on every rank, one unless a single group is larger than a chunk.
@@ -75,19 +79,25 @@ def cut_step(batch: Batch, pairs: int | None, rank: int = 0, ranks: int = 1) -> 
         no place, so that there is something to run.
     """
     parts = [batch]
-    if pairs is not None and batch["group_sizes"]:
-        cut = micro_batches(batch["group_sizes"], batch["lengths"], pairs * ranks)
+    if (pairs is not None or tokens is not None) and batch["group_sizes"]:
+        most = [math.inf if bound is None else bound * ranks for bound in (pairs, tokens)]
+        cut = micro_batches(batch["group_sizes"], batch["lengths"], *most)
         parts = [select_groups(batch, groups) for groups in cut]
         parts[0]["cut_pairs"] = batch["cut_pairs"]
-    return [_chunks(part, pairs, rank, ranks) for part in parts]
+    return [_chunks(part, pairs, rank, ranks, tokens) for part in parts]
 
 
-def _chunks(part: Batch, pairs: int | None, rank: int, ranks: int) -> list[Batch]:
+def _chunks(part: Batch, pairs: int | None, rank: int, ranks: int, tokens: int | None) -> list[Batch]:
     if not part["group_sizes"]:
         return [part]
     longest_first = np.argsort(-np.asarray(part["lengths"]), kind="stable")
     share = -(-len(longest_first) // ranks)
     count = 1 if pairs is None else -(-share // pairs)
+    if tokens is not None:
+        # As if all pairs were as long as the longest, so that every rank counts alike and no chunk is too large.
+        count = max(
+            count, -(-share // max(tokens // max(part["lengths"]), 1)) if sum(part["lengths"]) > tokens * ranks else 1
+        )
     if count == ranks == 1:
         return [part]
     chunks = [select_pairs(part, rows) for rows in np.array_split(longest_first[rank::ranks], count)]

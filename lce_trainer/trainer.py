@@ -188,7 +188,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
         return run_step(
             self.accelerator,
-            cut_step(self._prepare_inputs(inputs), self.args.micro_batch_size),
+            cut_step(self._prepare_inputs(inputs), self.args.micro_batch_size, tokens=self.args.micro_batch_tokens),
             score,
             lambda scores, part: self._loss(scores, part, num_items_in_batch)[0],
             backward,

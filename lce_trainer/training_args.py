@@ -66,6 +66,13 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             "whole batch."
         },
     )
+    micro_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that go through the model and back at once, cut as by micro_batch_size, which may bound it "
+            "too: the steadier measure of memory where lengths differ. null: the whole batch."
+        },
+    )
     packing: str = field(
         default="auto",
         metadata={
@@ -142,6 +149,7 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
 
     def _check(self) -> None:
         least = {"group_size": 2, "max_length": 8, "max_query_length": 1, "micro_batch_size": 1, "eval_batch_tokens": 1}
+        least |= {"micro_batch_tokens": 1}
         least["curriculum_epochs"] = 1
         for name, bound in least.items():
             value = getattr(self, name)

@@ -142,6 +142,12 @@ def test_selected_groups_make_the_batch_they_would_make_alone():
     assert torch.equal(part["input_ids"][:, :width], alone["input_ids"])
 
 
+def test_micro_batches_keep_to_a_number_of_tokens():
+    sizes, lengths = [2, 1, 3, 2], [5, 9, 30, 2, 2, 3, 8, 8]
+    assert micro_batches(sizes, lengths, math.inf, 25) == [[1], [0], [3, 2]]
+    assert micro_batches(sizes, lengths, 4, 25) == [[1], [0], [3], [2]]
+
+
 def test_micro_batches_keep_groups_whole_and_lose_none():
     sizes = [3, 8, 2, 4, 1, 5, 8]
     lengths = np.random.default_rng(0).integers(5, 60, sum(sizes)).tolist()

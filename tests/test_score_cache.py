@@ -80,6 +80,15 @@ def test_dropout_is_drawn_anew_for_each_chunk_and_again_alike(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("tokens", [10, 40, 100])
+def test_a_chunk_keeps_to_its_tokens_unless_one_pair_has_more(tokens, tmp_path):
+    trainer = make_trainer(tmp_path, make_groups(8), group_size=6)
+    batch = trainer.data_collator([{**row, "epoch": 0} for row in trainer.train_dataset])
+    chunks = list(itertools.chain(*cut_step(batch, None, tokens=tokens)))
+    assert all(sum(chunk["lengths"]) <= tokens or len(chunk["lengths"]) == 1 for chunk in chunks)
+    assert sum(len(chunk["lengths"]) for chunk in chunks) == len(batch["lengths"])
+
+
 def test_what_is_logged_is_counted_once(tmp_path):
     run = {
         "max_length": 24,

@@ -98,6 +98,8 @@ WAYS = {
     "accumulated batches of one": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
     "accumulated batches of three": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     "micro-batches of 5 pairs": {"micro_batch_size": 5},
+    "micro-batches of 100 tokens": {"micro_batch_tokens": 100},
+    "micro-batches of 40 tokens, less than a group": {"micro_batch_tokens": 40},
     "groups of 4 through the score cache, 3 pairs at once": {"micro_batch_size": 3},
     "the score cache, one pair at once": {
         "micro_batch_size": 1,
