@@ -103,13 +103,14 @@ def forecast(trainer: Any) -> Forecast:
         fixed, token, seconds = 0.0, _token_formula(model.config, args), np.nan
     else:
         fixed, token, seconds = _rehearse(trainer, model, rows)
-    at_once = _peak_tokens(groups, args.per_device_train_batch_size)
+    sharing = args.world_size if args.split_groups else 1
+    at_once = _peak_tokens(groups, args.per_device_train_batch_size) / sharing
     if args.micro_batch_size is not None:
         at_once = min(at_once, args.micro_batch_size * float(lengths.max()))
     if args.micro_batch_tokens is not None:
         at_once = min(at_once, max(args.micro_batch_tokens, float(lengths.max())))
-    on_this_device = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    per_step = on_this_device * args.world_size
+    on_this_device = args.per_device_train_batch_size * args.gradient_accumulation_steps / sharing
+    per_step = round(on_this_device * args.world_size)
     queries = collator.tokenizer([row["query"] for row in rows], add_special_tokens=False)["input_ids"]
     return Forecast(
         groups=per_step,

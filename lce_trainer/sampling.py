@@ -6,6 +6,7 @@ with the row's index from the sampler, in the main process, to wherever the row 
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice, repeat
 from typing import Any
 
 import datasets
@@ -111,6 +112,7 @@ class GroupSampler(Sampler[Item]):
         seed: int,
         epoch: Callable[[], int],
         multiple: int = 1,
+        copies: int = 1,
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> None:
@@ -122,6 +124,8 @@ class GroupSampler(Sampler[Item]):
             epoch: Asked when an epoch starts. Not an attribute that others set: ``accelerate`` does
                 not reach the sampler when several ranks resume in the middle of an epoch.
             multiple: Places are filled up to a multiple of this: groups a batch times ranks.
+            copies: So many times in a row comes each run of that many places: ranks that share every group take
+                equal batches.
             shuffle: False keeps the order of the dataset.
             drop_last: Leave the last rows out instead of filling up.
         """
@@ -129,16 +133,20 @@ class GroupSampler(Sampler[Item]):
         self.seed = seed
         self.epoch = epoch
         self.shuffle = shuffle
+        self.multiple = multiple
+        self.copies = copies
         self.places = (rows if drop_last else rows + multiple - 1) // multiple * multiple
 
     def __iter__(self) -> Iterator[Item]:
         epoch = self.epoch()
         order = _permutation(self.rows, self.seed, "epoch", epoch) if self.shuffle else np.arange(self.rows)
-        yield from ((epoch, int(row)) for row in order[: self.places])
-        yield from (None for _ in range(self.places - self.rows))
+        rows: Iterator[Item] = ((epoch, int(row)) for row in order[: self.places])
+        places = chain(rows, repeat(None, max(self.places - self.rows, 0)))
+        while batch := list(islice(places, self.multiple)):
+            yield from batch * self.copies
 
     def __len__(self) -> int:
-        return self.places
+        return self.places * self.copies
 
 
 def group_sampler(rows: int, batch_size: int, args: LCETrainingArguments, epoch: Callable[[], int]) -> GroupSampler:
@@ -147,7 +155,8 @@ def group_sampler(rows: int, batch_size: int, args: LCETrainingArguments, epoch:
         rows,
         seed=args.seed if args.data_seed is None else args.data_seed,
         epoch=epoch,
-        multiple=batch_size * args.world_size,
+        multiple=batch_size * (1 if args.split_groups else args.world_size),
+        copies=args.world_size if args.split_groups else 1,
         shuffle=args.train_sampling_strategy == "random",
         drop_last=args.dataloader_drop_last,
     )

@@ -4,36 +4,41 @@ Whole groups need nothing but a cut: the loss is a sum over groups. A group with
 through twice: first without a graph, to know all its scores and so the loss's gradient by each score; then
 chunk by chunk with a graph, each backward starting from its scores' gradients, under the random numbers of
 the first time. That is the gradient cache of Gao et al. 2021 (https://arxiv.org/abs/2101.06983), on scores.
+
+Ranks can share every group as chunks share it: each runs its pairs, all learn all scores and compute the same
+loss, and each goes back from its own scores' gradients.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from lce_trainer.collator import Batch, micro_batches, select_groups, select_pairs
-from lce_trainer.lockstep import in_lockstep, most
+from lce_trainer.lockstep import adding_up, in_lockstep, most
 
 
 def run_step(
     accelerator: Accelerator,
+    model: nn.Module,
     parts: Sequence[Sequence[Batch]],
     score: Callable[[Batch], Tensor],
     loss_of: Callable[[Tensor, Batch], Tensor],
-    backward: Callable[[Batch, bool], Tensor],
+    backward: Callable[[Batch], Tensor],
 ) -> Tensor:
     """Forward and backward through the parts of a batch.
 
     Args:
         accelerator: Tells whether ranks must run the model equally often.
+        model: As wrapped for training.
         parts: From :func:`cut_step`.
         score: Gives the logit of each pair of a chunk, shape ``(pairs,)``.
         loss_of: Gives the loss of a part from the logits of this rank's pairs.
-        backward: Runs a chunk forward and back; told whether it is the last one. Gives its loss.
+        backward: Runs a chunk forward and back; gives its loss.
 
     Returns:
         The loss of the batch.
@@ -53,8 +58,9 @@ def run_step(
             score(idle)
     chunks += [part[0] for part in parts if len(part) == 1] + [idle] * (most_passes[1] - passes[1])
     for place, chunk in enumerate(chunks, start=1):
-        with replayed(chunk):
-            loss = backward(chunk, place == len(chunks))
+        # Only the last backward may reduce over ranks: they need not have equally many chunks.
+        with nullcontext() if place == len(chunks) else adding_up(accelerator, model), replayed(chunk):
+            loss = backward(chunk)
         if "score_gradient" not in chunk:
             losses.append(loss)
     return torch.stack(losses).sum()
@@ -101,7 +107,7 @@ def _chunks(part: Batch, pairs: int | None, rank: int, ranks: int, tokens: int |
     if count == ranks == 1:
         return [part]
     chunks = [select_pairs(part, rows) for rows in np.array_split(longest_first[rank::ranks], count)]
-    for chunk in chunks[1:]:
+    for chunk in chunks if rank else chunks[1:]:
         chunk["cut_pairs"] = 0
     return chunks
 
@@ -109,6 +115,28 @@ def _chunks(part: Batch, pairs: int | None, rank: int, ranks: int, tokens: int |
 def idle_chunk(batch: Batch) -> Batch:
     """One pair and no group: a forward and backward pass that only keeps a rank in step with the others."""
     return {**select_pairs(batch, np.empty(0, dtype=int)), "group_sizes": [], "query_ids": [], "cut_pairs": 0}
+
+
+def gather_scores(accelerator: Accelerator, scores: Tensor, chunk: Batch, shared: bool) -> Tensor:
+    """Put scores where they belong in their part, with those of the ranks that share it.
+
+    Args:
+        accelerator: Joins the ranks.
+        scores: Logits of the chunk's pairs, and of those that have no place; the gradient goes to these.
+        chunk: Its ``places`` in the part, and the part's ``group_sizes``.
+        shared: Whether other ranks have the rest of them.
+
+    Returns:
+        Logits of the part's pairs, shape ``(pairs,)``.
+    """
+    places = chunk["places"]
+    own = scores.new_zeros(sum(chunk["group_sizes"])).index_copy(0, places, scores[: len(places)])
+    if not shared:
+        return own
+    # Exact: of each pair's scores on the ranks all but one are zero.
+    known = own.detach()
+    everyones: Tensor = accelerator.reduce(known, reduction="sum")
+    return own + (everyones - known)
 
 
 def cache_gradients(

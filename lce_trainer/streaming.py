@@ -68,8 +68,9 @@ def training_rows(groups: Any, batch_size: int, args: LCETrainingArguments) -> "
     """
     if not is_stream(groups):
         return EpochGroups(groups)
-    batch = batch_size * args.world_size
-    return StreamedGroups(groups, batch, args.gradient_accumulation_steps, args.dataloader_drop_last)
+    copies = args.world_size if args.split_groups else 1
+    batch = batch_size * args.world_size // copies
+    return StreamedGroups(groups, batch, args.gradient_accumulation_steps, args.dataloader_drop_last, copies)
 
 
 class StreamedGroups(IterableDataset[Row | None]):
@@ -79,7 +80,9 @@ class StreamedGroups(IterableDataset[Row | None]):
     every worker reads the whole stream, and takes its part of each step.
     """
 
-    def __init__(self, stream: Iterable[Row], batch: int, batches: int, drop_last: bool = False) -> None:
+    def __init__(
+        self, stream: Iterable[Row], batch: int, batches: int, drop_last: bool = False, copies: int = 1
+    ) -> None:
         """Describe the steps.
 
         Args:
@@ -88,11 +91,13 @@ class StreamedGroups(IterableDataset[Row | None]):
             batch: Groups of a batch, over all ranks.
             batches: Batches accumulated in a step.
             drop_last: Leave the last groups of a pass out instead of filling up.
+            copies: So many times in a row comes each batch: ranks that share every group take equal ones.
         """
         self.stream = stream
         self.batch = batch
         self.step = batch * batches
         self.drop_last = drop_last
+        self.copies = copies
         self.over = False
 
     def set_epoch(self, epoch: int) -> None:
@@ -106,7 +111,7 @@ class StreamedGroups(IterableDataset[Row | None]):
         batches = chain.from_iterable(self._batches(stream, epoch) for epoch in (() if self.over else count()))
         # A DataLoader takes a batch from each worker in turn.
         for batch in islice(batches, worker.id if worker else 0, None, worker.num_workers if worker else 1):
-            yield from batch
+            yield from batch * self.copies
 
     def _batches(self, stream: Iterable[Row], epoch: int) -> Iterator[list[Row | None]]:
         """One pass, in whole steps."""

@@ -1,8 +1,6 @@
 """LCETrainer: ``transformers.Trainer`` that learns to rank from groups."""
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +29,13 @@ from lce_trainer.guards import (
     usable_groups,
 )
 from lce_trainer.loading import prepare
-from lce_trainer.lockstep import adding_up, in_lockstep, score_share, shard_by_layer
+from lce_trainer.lockstep import in_lockstep, score_share, shard_by_layer
 from lce_trainer.loss import group_losses
 from lce_trainer.metrics import group_metrics, mean_over_sets
 from lce_trainer.packing import batch_scores, enable_packing, packed_scores, packs, padded_scores
 from lce_trainer.sampling import GroupSampler, group_sampler
 from lce_trainer.saving import add_notes, note_format, save_reranker, write_settings
-from lce_trainer.score_cache import cut_step, run_step
+from lce_trainer.score_cache import cut_step, gather_scores, run_step
 from lce_trainer.streaming import StreamWatch, is_stream, training_rows
 from lce_trainer.training_args import LCETrainingArguments
 
@@ -161,38 +159,40 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
     # ---- loss
 
+    @property
+    def _share(self) -> tuple[int, int]:
+        """Which one of how many ranks this is that share the pairs of each group."""
+        return (self.args.process_index, self.args.world_size) if self.args.split_groups else (0, 1)
+
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """Groups in the whole optimizer step, over accumulated batches and ranks."""
         if is_stream(self.train_dataset):
             self.counts = self.stream_watch.see(batch_samples, self.accelerator)
         groups = sum(len(batch["group_sizes"]) for batch in batch_samples)
         total: Tensor = self.accelerator.reduce(torch.tensor(float(groups), device=device), reduction="sum")
-        return total
+        return total / self._share[1]
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Forward and backward, cut as ``micro_batch_size`` asks for; see :mod:`lce_trainer.score_cache`."""
+        """Forward and backward, cut as ``micro_batch_size`` and ``split_groups`` ask for.
+
+        See :mod:`lce_trainer.score_cache`.
+        """
         self.tally.start()
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         model.train()
-        step: Callable[..., Tensor] = super().training_step
-
-        def score(chunk: Batch) -> Tensor:
-            with self.compute_loss_context_manager():
-                return self._scores(model, chunk)
-
-        def backward(chunk: Batch, is_last: bool) -> Tensor:
-            # Only the last backward may reduce over ranks: they need not have equally many chunks.
-            with nullcontext() if is_last else adding_up(self.accelerator, model):
-                return step(model, chunk, num_items_in_batch)
-
-        return run_step(
+        step = super().training_step
+        loss = run_step(
             self.accelerator,
-            cut_step(self._prepare_inputs(inputs), self.args.micro_batch_size, tokens=self.args.micro_batch_tokens),
-            score,
-            lambda scores, part: self._loss(scores, part, num_items_in_batch)[0],
-            backward,
+            model,
+            cut_step(
+                self._prepare_inputs(inputs), self.args.micro_batch_size, *self._share, self.args.micro_batch_tokens
+            ),
+            score=lambda chunk: self._scores(model, chunk),
+            loss_of=lambda scores, part: self._loss(scores, part, num_items_in_batch)[0],
+            backward=lambda chunk: step(model, chunk, num_items_in_batch),
         )
+        return loss / self._share[1]  # those that share groups have all computed the whole loss
 
     def compute_loss(
         self,
@@ -228,13 +228,14 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         """What the pairs' scores cost, and the scores by group, shape ``(groups, width)``."""
         mask, target = inputs["mask"], inputs["target"]
         if "places" in inputs:
-            scores = scores.new_zeros(len(scores)).index_copy(0, inputs["places"], scores)
+            scores = gather_scores(self.accelerator, scores, inputs, self._share[1] > 1)
         grid = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask, scores)
         losses = self._group_losses(grid, inputs)
         check_finite(losses.detach(), inputs["query_ids"], self.state.global_step + 1, self._get_learning_rate)
         with torch.no_grad():
             guessing = self._group_losses(torch.zeros_like(grid), inputs)
-            self.tally.add_groups(grid.detach(), mask, target, losses.detach(), guessing)
+            if not self._share[0]:  # of those that share groups one counts them
+                self.tally.add_groups(grid.detach(), mask, target, losses.detach(), guessing)
         # Ranks average their gradients, so a sum over ranks is wanted back.
         return losses.sum() * (self.accelerator.num_processes / num_items_in_batch), grid
 

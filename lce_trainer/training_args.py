@@ -80,6 +80,13 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             "the last layer computes only what its head reads; exact. With none they are padded."
         },
     )
+    split_groups: bool = field(
+        default=False,
+        metadata={
+            "help": "Devices share the pairs of every group, for groups too large for one: each runs its part, all "
+            "learn every score. per_device_train_batch_size then counts the groups of all devices together."
+        },
+    )
     bucket_overhead: int | None = field(
         default=None,
         metadata={

@@ -46,6 +46,7 @@ WAYS = {
     "micro-batches": {"per_device_train_batch_size": 4, "micro_batch_size": 5},
     "score cache": {"per_device_train_batch_size": 4, "micro_batch_size": 3},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "micro_batch_size": 3},
+    "shared groups": {"per_device_train_batch_size": 8, "split_groups": True, "micro_batch_size": 3},
     "padded": {"per_device_train_batch_size": 4, "packing": "none"},
     "evaluated before": {"per_device_train_batch_size": 4},
 }

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from itertools import chain
 
 import pytest
 from datasets import Dataset
@@ -151,6 +152,14 @@ def test_an_epoch_holds_every_row_once_and_fills_up_with_nothing():
     assert {e for e, _ in second[:10]} == {1}
     assert [row for _, row in first[:10]] != [row for _, row in second[:10]]
     assert list(GroupSampler(10, seed=1, epoch=lambda: 1, multiple=4)) == second
+
+
+def test_ranks_that_share_groups_take_equal_batches():
+    alone = list(GroupSampler(10, seed=1, epoch=lambda: 0, multiple=4))
+    shared = GroupSampler(10, seed=1, epoch=lambda: 0, multiple=4, copies=2)
+    batches = [list(shared)[start : start + 4] for start in range(0, len(shared), 4)]
+    assert len(batches) == 6
+    assert list(chain(*batches[::2])) == list(chain(*batches[1::2])) == alone
 
 
 def test_the_last_rows_can_be_dropped_and_the_order_kept():

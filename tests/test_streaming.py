@@ -47,6 +47,14 @@ def test_each_pass_is_an_epoch_in_whole_steps():
     assert dropped == [(f"q{i}", epoch) for epoch in (0, 1) for i in range(4)]
 
 
+def test_ranks_that_share_groups_take_the_same_rows():
+    alone = take(StreamedGroups(make_stream(5), batch=2, batches=1), 12)
+    for rank in range(2):
+        shared = StreamedGroups(make_stream(5), batch=2, batches=1, copies=2)
+        rows = IterableDatasetShard(shared, batch_size=2, num_processes=2, process_index=rank)
+        assert take(rows, 12) == alone
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_workers_and_ranks_take_their_part_of_the_same_rows(workers, shuffled):

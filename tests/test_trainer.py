@@ -174,6 +174,18 @@ micro = make_trainer(out / "micro", make_groups(11), micro_batch_size=5, **run)
 micro.train()
 cached = make_trainer(out / "cached", make_groups(11), micro_batch_size=3, **run)
 cached.train()
+shared = dict()
+for pairs in (None, 3, 1):
+    split = make_trainer(out / "split", make_groups(11), split_groups=True, micro_batch_size=pairs,
+                         per_device_train_batch_size=8, logging_steps=1)
+    split.train()
+    shared[pairs] = (weights(split), split.state.log_history[0])
+share = dict(split_groups=True, micro_batch_size=2, per_device_train_batch_size=4, num_train_epochs=2)
+shares = make_trainer(out / "shares", make_groups(11), save_strategy="steps", save_steps=2, **share)
+shares.train()
+shared["straight"] = weights(shares)
+shares = make_trainer(out / "shares", make_groups(11), **share)
+shares.train(resume_from_checkpoint=str(out / "shares" / "checkpoint-4"))
 resumed = make_trainer(out / "long", make_groups(11), num_train_epochs=3, save_strategy="steps", save_steps=3, **run)
 resumed.train()
 straight = weights(resumed)
@@ -181,7 +193,8 @@ again = make_trainer(out / "long", make_groups(11), num_train_epochs=3, **run)
 again.train(resume_from_checkpoint=str(out / "long" / "checkpoint-3"))
 if trainer.is_world_process_zero():
     torch.save(dict(ranks=weights(trainer), micro=weights(micro), cached=weights(cached), straight=straight,
-                    resumed=weights(again), metrics=metrics, ranks_used=trainer.args.world_size), out / "result.pt")
+                    resumed=weights(again), metrics=metrics, shared=shared, shared_resumed=weights(shares),
+                    ranks_used=trainer.args.world_size), out / "result.pt")
 trainer.end()
 """
 
@@ -199,6 +212,15 @@ def test_two_ranks_train_resume_and_evaluate_as_one(whole_batches, tmp_path):
     assert_same(result["ranks"], whole_batches, 1e-6)
     assert_same(result["micro"], whole_batches, 1e-6)
     assert_same(result["cached"], whole_batches, 1e-6)
+    straight = result["shared"].pop("straight")
+    assert_same(result["shared_resumed"], straight, 0)
+    alone = make_trainer(tmp_path / "alone", make_groups(11), per_device_train_batch_size=8, logging_steps=1)
+    alone.train()
+    for got, log in result["shared"].values():
+        assert_same(got, whole_batches, 1e-6)
+        for name, value in alone.state.log_history[0].items():
+            if "second" not in name:
+                assert log[name] == pytest.approx(value, abs=1e-5), name
     # Step 3 lies inside the second epoch: the resumed order must be that epoch's.
     assert_same(result["resumed"], result["straight"], 0)
     alone = make_trainer(tmp_path / "alone", None, eval_dataset=make_groups(5, seed=9))
