@@ -165,9 +165,27 @@ def attend(
     one_query = len(query) != len(key)
     if kernel := _kernel(query, dropout, one_query and not causal and window is not None):
         return _attend_by_kernel(kernel, query, key, value, packing, causal, scaling, window)
-    # On a CPU the fused kernel's backward is several times slower in bfloat16, and it takes no dropout.
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    by_products = query.device.type == "cpu" and not causal and (dropout > 0 or half)
+    if query.device.type == "cpu" and query.dtype in (torch.float16, torch.bfloat16):
+        # A CPU's fused kernel is faster in float32, backward twice as fast. Autocast would undo that.
+        with torch.autocast("cpu", enabled=False):
+            context = _attend_by_calls(
+                query.float(), key.float(), value.float(), packing, causal, dropout, scaling, window
+            )
+        return context.to(query.dtype)
+    return _attend_by_calls(query, key, value, packing, causal, dropout, scaling, window)
+
+
+def _attend_by_calls(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    causal: bool,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    one_query = len(query) != len(key)
     sizes = [pairs * longest for pairs, longest in packing.calls]
     counts = [pairs for pairs, _ in packing.calls]
     queries = torch.split(query, counts) if one_query else torch.split(_spread(query, packing), sizes)
@@ -176,6 +194,8 @@ def attend(
     for call, states in enumerate(zip(queries, keys, values, strict=True)):
         q, k, v = (state.view(counts[call], -1, *state.shape[1:]).transpose(1, 2) for state in states)
         mask = packing.mask(call, window, causal, one_query)
+        # The CPU's fused kernel takes no dropout.
+        by_products = query.device.type == "cpu" and dropout > 0 and not causal
         if by_products and packing.calls[call][1] <= _LONGEST_BY_PRODUCTS:
             context = _attend_by_products(q, k, v, mask, dropout, scaling)
         else:
@@ -203,8 +223,7 @@ def _attend_by_products(
     bias = q.new_zeros(()) if mask is None else torch.where(mask, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
     bias = bias.expand(pairs, heads, queries, k.shape[1]).reshape(pairs * heads, queries, -1)
     products = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=size**-0.5 if scaling is None else scaling)
-    weights = functional.dropout(products.softmax(-1), dropout)
-    return torch.bmm(weights.to(v.dtype), v).view(pairs, heads, queries, size)
+    return torch.bmm(functional.dropout(products.softmax(-1), dropout), v).view(pairs, heads, queries, size)
 
 
 def _spread(states: Tensor, packing: Packing) -> Tensor:

@@ -214,10 +214,6 @@ def _self_test(model: PreTrainedModel) -> str | None:
     return None if difference <= allowed else f"its scores would differ by {difference:.1e}"
 
 
-def _heads(states: Tensor, size: int) -> Tensor:
-    return states.view(*states.shape[:-1], -1, size)
-
-
 def _read_whole_layer(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The last layer of any family, computed whole; what is read of it, shape ``(pairs, 1, width)``."""
     out: Tensor = type(layer).forward(layer, hidden_states, *args, **kwargs)
@@ -225,61 +221,56 @@ def _read_whole_layer(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwa
     return out if packing is None else out[0, packing.read][:, None]
 
 
-def _bert_layer(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The last layer of BERT, RoBERTa or ELECTRA, of the token that is read alone."""
-    packing = kwargs.get("packing")
-    if packing is None:
-        out: Tensor = type(layer).forward(layer, hidden_states, *args, **kwargs)
-        return out
+def _read_layer(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The last layer of a family, of what is read alone, shape ``(pairs, 1, width)``."""
+
+    def forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("packing") is None:
+            return _read_whole_layer(layer, hidden_states, *args, **kwargs)
+        return compute(layer, hidden_states, **kwargs)[:, None]
+
+    return forward
+
+
+def _bert_layer(layer: Any, hidden_states: Tensor, packing: Packing, **_: Any) -> Tensor:
+    """Of BERT, RoBERTa or ELECTRA."""
     attention = layer.attention.self
-    size, dropout = attention.attention_head_size, attention.dropout.p if layer.training else 0.0
-    tokens, read = hidden_states[0], hidden_states[0, packing.read]
-    context = attend(
-        _heads(attention.query(read), size),
-        _heads(attention.key(tokens), size),
-        _heads(attention.value(tokens), size),
-        packing,
-        dropout=dropout,
-        scaling=attention.scaling,
-    )
-    attended = layer.attention.output(context.flatten(1), read)
-    scored: Tensor = layer.feed_forward_chunk(attended)
-    return scored[:, None]
+    context, read = _read_attention(attention, attention.query, attention.key, attention.value, hidden_states, packing)
+    scored: Tensor = layer.feed_forward_chunk(layer.attention.output(context, read))
+    return scored
 
 
-def _distilbert_layer(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    packing = kwargs.get("packing")
-    if packing is None:
-        out: Tensor = type(layer).forward(layer, hidden_states, *args, **kwargs)
-        return out
+def _distilbert_layer(layer: Any, hidden_states: Tensor, packing: Packing, **_: Any) -> Tensor:
     attention = layer.attention
-    size, dropout = attention.attention_head_size, attention.dropout.p if layer.training else 0.0
-    tokens, read = hidden_states[0], hidden_states[0, packing.read]
-    context = attend(
-        _heads(attention.q_lin(read), size),
-        _heads(attention.k_lin(tokens), size),
-        _heads(attention.v_lin(tokens), size),
-        packing,
-        dropout=dropout,
-        scaling=attention.scaling,
+    context, read = _read_attention(
+        attention, attention.q_lin, attention.k_lin, attention.v_lin, hidden_states, packing
     )
-    attended = layer.sa_layer_norm(attention.out_lin(context.flatten(1)) + read)
+    attended = layer.sa_layer_norm(attention.out_lin(context) + read)
     scored: Tensor = layer.output_layer_norm(layer.ffn(attended) + attended)
-    return scored[:, None]
+    return scored
 
 
-def _modernbert_layer(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    packing = kwargs.get("packing")
-    if packing is None:
-        out: Tensor = type(layer).forward(layer, hidden_states, *args, **kwargs)
-        return out
+def _read_attention(
+    attention: Any, query: nn.Module, key: nn.Module, value: nn.Module, hidden_states: Tensor, packing: Packing
+) -> tuple[Tensor, Tensor]:
+    """Context of the tokens that are read, and their states, shape ``(pairs, width)``."""
+    tokens, read = hidden_states[0], hidden_states[0, packing.read]
+    q, k, v = (
+        states.view(len(states), -1, attention.attention_head_size)
+        for states in (query(read), key(tokens), value(tokens))
+    )
+    dropout = attention.dropout.p if attention.training else 0.0
+    return attend(q, k, v, packing, dropout=dropout, scaling=attention.scaling).flatten(1), read
+
+
+def _modernbert_layer(
+    layer: Any, hidden_states: Tensor, packing: Packing, position_embeddings: tuple[Tensor, Tensor], **_: Any
+) -> Tensor:
     attention = layer.attn
     # One matrix makes queries, keys and values, so queries are made of all tokens.
-    query, key, value = (
-        attention.Wqkv(layer.attn_norm(hidden_states)).unflatten(-1, (3, -1, attention.head_dim)).unbind(2)
-    )
-    cosine, sine = kwargs["position_embeddings"]
-    query, key = apply_rotary_pos_emb(query, key, cosine, sine, unsqueeze_dim=2)
+    states = attention.Wqkv(layer.attn_norm(hidden_states)).unflatten(-1, (3, -1, attention.head_dim))
+    query, key, value = states.unbind(2)
+    query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
     context = attend(
         query[0, packing.read],
         key[0],
@@ -289,9 +280,9 @@ def _modernbert_layer(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: A
         scaling=attention.head_dim**-0.5,
         window=attention.sliding_window,
     )
-    states = hidden_states[0, packing.read] + attention.out_drop(attention.Wo(context.flatten(1)))
-    scored: Tensor = states + layer.mlp(layer.mlp_norm(states))
-    return scored[:, None]
+    read = hidden_states[0, packing.read] + attention.out_drop(attention.Wo(context.flatten(1)))
+    scored: Tensor = read + layer.mlp(layer.mlp_norm(read))
+    return scored
 
 
 def _decoder_forward(model: Any, *args: Any, packing: Packing | None = None, **kwargs: Any) -> Any:
@@ -303,13 +294,13 @@ def _decoder_forward(model: Any, *args: Any, packing: Packing | None = None, **k
 
 
 _LAYERS: dict[str, Callable[..., Tensor]] = {
-    "bert": _bert_layer,
-    "roberta": _bert_layer,
-    "xlm-roberta": _bert_layer,
-    "camembert": _bert_layer,
-    "electra": _bert_layer,
-    "distilbert": _distilbert_layer,
-    "modernbert": _modernbert_layer,
+    "bert": _read_layer(_bert_layer),
+    "roberta": _read_layer(_bert_layer),
+    "xlm-roberta": _read_layer(_bert_layer),
+    "camembert": _read_layer(_bert_layer),
+    "electra": _read_layer(_bert_layer),
+    "distilbert": _read_layer(_distilbert_layer),
+    "modernbert": _read_layer(_modernbert_layer),
     "qwen3": _read_whole_layer,
     "qwen2": _read_whole_layer,
     "llama": _read_whole_layer,

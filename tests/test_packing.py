@@ -187,22 +187,30 @@ def test_attention_by_calls_is_attention_pair_by_pair():
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("one_query", [False, True])
-def test_attention_by_products_is_the_fused_one(window, one_query):
-    """What a CPU runs in bfloat16 training, against float64, to the rounding of bfloat16."""
+def test_attention_in_bfloat16_rounds_its_input_and_output_alone(window, one_query):
     torch.manual_seed(0)
     lengths = torch.tensor([1, 9, 9, 12, 40]).numpy()
     packing = make_packing(lengths, "cpu")
-    states = torch.randn(3, int(lengths.sum()), 2, 8, dtype=torch.float64)
-    exact = [tensor.clone().requires_grad_() for tensor in states]
-    half = [tensor.to(torch.bfloat16).requires_grad_() for tensor in states]
+    half = [tensor.requires_grad_() for tensor in (3 * torch.randn(3, int(lengths.sum()), 2, 8)).bfloat16().unbind()]
+    exact = [tensor.detach().double().requires_grad_() for tensor in half]
     contexts = []
     for query, key, value in (exact, half):
-        context = attend(query[packing.read] if one_query else query, key, value, packing, window=window)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=query.dtype == torch.bfloat16):
+            context = attend(query[packing.read] if one_query else query, key, value, packing, window=window)
         (context * torch.linspace(-1, 1, context.numel()).view_as(context)).sum().backward()
         contexts.append(context)
-    torch.testing.assert_close(contexts[1].double(), contexts[0], rtol=0.05, atol=0.02)
+    torch.testing.assert_close(contexts[1].double(), contexts[0], rtol=2**-8, atol=1e-4)
     for rough, fine in zip(half, exact, strict=True):
-        torch.testing.assert_close(rough.grad.double(), fine.grad, rtol=0.1, atol=0.03)
+        torch.testing.assert_close(rough.grad.double(), fine.grad, rtol=2**-6, atol=0.03)
+
+
+def test_attention_with_dropout_keeps_its_mean():
+    torch.manual_seed(0)
+    lengths = torch.tensor([3, 8, 9]).numpy()
+    packing = make_packing(lengths, "cpu")
+    query, key, value = torch.randn(3, int(lengths.sum()), 2, 8)
+    mean = sum(attend(query, key, value, packing, dropout=0.2) for _ in range(4000)) / 4000
+    torch.testing.assert_close(mean, attend(query, key, value, packing), rtol=0, atol=0.06)
 
 
 @pytest.mark.parametrize(
