@@ -14,6 +14,7 @@ FlagEmbedding 1.4.2 runs beside transformers 5 and is measured where it is insta
 """
 
 import gc
+import statistics
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -123,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
                         "pairs_per_second": spread([len(n) / s for n, s in zip(lengths, one.seconds, strict=True)]),
                         "mfu": spread([f / s / rate for f, s in zip(needed, one.seconds, strict=True)])["median"],
                         "seconds": one.seconds,
+                        "cpu_seconds": one.cpu_seconds,
                         "losses": one.losses,
                     }
                     for name, one in timed.items()
@@ -144,11 +146,12 @@ def main(argv: list[str] | None = None) -> None:
 def show(precision: str, trainers: dict[str, Any]) -> None:
     """The table of one precision."""
     rows: Iterable[tuple[str, dict[str, Any]]] = trainers.items()
-    print(f"\n{precision:44s} {'pairs/s':>8s} {'quartiles':>17s} {'MFU':>6s}")
+    print(f"\n{precision:44s} {'pairs/s':>8s} {'quartiles':>17s} {'MFU':>6s} {'CPU s':>6s}")
     for name, row in rows:
         speed = row["pairs_per_second"]
         quartiles = f"{speed['q25']:.1f} to {speed['q75']:.1f}"
-        print(f"{name:44s} {speed['median']:8.1f} {quartiles:>17s} {row['mfu']:6.1%}", flush=True)
+        cpu = statistics.median(row["cpu_seconds"])
+        print(f"{name:44s} {speed['median']:8.1f} {quartiles:>17s} {row['mfu']:6.1%} {cpu:6.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,13 @@ class Timed:
 
     Attributes:
         seconds: Of each measured step: reading its data, forward, backward, update, logging.
+        cpu_seconds: The same on all cores of this process; where other processes take cores away, these
+            tell more.
         losses: Of each step, the unmeasured first ones included.
     """
 
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
 
@@ -76,9 +79,10 @@ def take_turns(trainers: Mapping[str, Trainer], steps: int, warmup: int = 1) -> 
         names = list(trainers)
         for step in range(warmup + steps):
             for name in names[step % len(names) :] + names[: step % len(names)]:
-                seconds = _step(turns[name])
+                seconds, cpu_seconds = _step(turns[name])
                 if step >= warmup:
                     timed[name].seconds.append(seconds)
+                    timed[name].cpu_seconds.append(cpu_seconds)
     finally:
         failed = next((turn.error for turn in turns.values() if turn.error), None)
         for turn in turns.values():
@@ -91,14 +95,14 @@ def take_turns(trainers: Mapping[str, Trainer], steps: int, warmup: int = 1) -> 
     return timed
 
 
-def _step(turn: _Turn) -> float:
-    started = time.perf_counter()
+def _step(turn: _Turn) -> tuple[float, float]:
+    started, cpu = time.perf_counter(), time.process_time()
     turn.go.release()
     turn.done.acquire()
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
     if turn.error is not None:
         raise turn.error
-    return seconds
+    return seconds, cpu_seconds
 
 
 def _train(trainer: Trainer, turn: _Turn, n_threads: int) -> None:
