@@ -129,7 +129,7 @@ def prepare(
     Args:
         model: A model, or the name of one; None if it is made later.
         tokenizer: The model's own if None and the model is named.
-        args: Of the training.
+        args: Of the training; a new head and adapters are drawn from its seed.
         peft_config: Adapters to train, see :func:`lce_trainer.adapters.add_adapters`.
 
     Raises:
@@ -145,6 +145,7 @@ def prepare(
     if model is not None:
         settle(model, tokenizer)
         if peft_config is not None:
+            set_seed(args.seed)
             model = add_adapters(model, peft_config, args.bf16 or args.fp16)
     return model, tokenizer
 

@@ -158,6 +158,15 @@ def test_a_base_in_half_precision_stays_as_it_is_and_what_is_trained_is_float32(
     assert all(torch.equal(parameter, before[name]) for name, parameter in frozen.items())
 
 
+def test_adapters_of_a_given_model_are_drawn_from_the_seed(tmp_path):
+    drawn = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        model = make_trainer("bert", tmp_path, tiny_model("bert"), peft_config=LORA).model
+        drawn.append({name: tensor for name, tensor in model.state_dict().items() if "lora_A" in name})
+    assert drawn[0] and all(torch.equal(tensor, drawn[1][name]) for name, tensor in drawn[0].items())
+
+
 def test_what_the_user_chooses_is_kept_and_the_config_is_not_touched(tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type=TaskType.SEQ_CLS)
     shown = str(config)
