@@ -57,15 +57,8 @@ print(json.dumps([plans[0].besides_weights, peak - before]))
 """
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        pytest.param({"micro_batch_size": 16}, marks=pytest.mark.slow),
-        pytest.param({"bf16": True}, marks=pytest.mark.slow),
-        pytest.param({"activation_checkpointing": True}, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 16}, {"bf16": True}, {"activation_checkpointing": True}])
 def test_the_memory_forecast_is_within_a_factor_of_what_training_takes(settings, tmp_path):
     """1.5 either way, on a CPU, whose allocator keeps a part of what it frees."""
     code = MEASURE.format(tests=str(Path(__file__).parent), out=str(tmp_path))
