@@ -368,10 +368,13 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a plain checkpoint, under FSDP as well, whatever the checkpoints of the run look like."""
+        if self.is_deepspeed_enabled and self.deepspeed is None:  # nothing was left to train
+            return self._save(output_dir)
         super().save_model(output_dir, _internal_call)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if not _internal_call and "FULL" not in str(getattr(plugin, "state_dict_type", "FULL")):
             self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        return None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A plain checkpoint that every loader scores alike; settings as JSON, never as a pickle."""

@@ -172,7 +172,8 @@ trainer.train()
 metrics = trainer.evaluate()
 micro = make_trainer(out / "micro", make_groups(11), micro_batch_size=5, **run)
 micro.train()
-cached = make_trainer(out / "cached", make_groups(11), micro_batch_size=3, **run)
+cached = make_trainer(out / "cached", make_groups(11), micro_batch_size=3, per_device_train_batch_size=2,
+                      gradient_accumulation_steps=2)
 cached.train()
 shared = dict()
 for pairs in (None, 3, 1):
