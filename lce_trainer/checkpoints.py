@@ -74,8 +74,11 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
     for folder in reversed(_checkpoints(output_dir)):
         try:
             verify(folder)
+            best = folder.with_name(f"checkpoint-{_state(folder).best_global_step}")
+            if best.is_dir():
+                verify(best)  # what the run would end with
         except ArtifactError as error:
-            logger.warning("checkpoint skipped: %s", error)
+            logger.warning("checkpoint skipped: %s: %s", folder.name, error)
             continue
         return folder
     return None
@@ -157,12 +160,16 @@ def final_state(checkpoint: Path, args: TrainingArguments, batches: Sized) -> Tr
         args: Of the run now.
         batches: Of an epoch on this rank.
     """
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    state = _state(checkpoint)
     planned = args.max_steps
     if planned <= 0:
         planned = math.ceil(args.num_train_epochs * max(-(-len(batches) // args.gradient_accumulation_steps), 1))
     stopped = state.stateful_callbacks.get("TrainerControl", {}).get("args", {}).get("should_training_stop")
     return state if state.global_step >= planned or (stopped and state.max_steps == planned) else None
+
+
+def _state(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

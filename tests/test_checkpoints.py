@@ -8,18 +8,19 @@ import pytest
 import torch
 from killed import killed_at, moments_of
 from test_trainer import Ruin, assert_same, easy_groups, make_groups, make_trainer, weights
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerState
 
 from lce_trainer.artifacts import MANIFEST
 from lce_trainer.checkpoints import newest_checkpoint, rotate, seal, verify
 from lce_trainer.errors import TrainingError
 
 
-def checkpoint(folder, step, sealed=True):
+def checkpoint(folder, step, sealed=True, best=None):
     path = folder / f"checkpoint-{step}"
     path.mkdir()
     (path / "model.safetensors").write_bytes(b"weights" * 10)
     (path / "optimizer.pt").write_bytes(b"moments" * 10)
+    TrainerState(global_step=step, best_global_step=best).save_to_json(str(path / "trainer_state.json"))
     if sealed:
         seal(path)
     return path
@@ -47,6 +48,14 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path, caplog, damage):
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(tmp_path) == whole
     assert "checkpoint-2" in caplog.text
+
+
+def test_a_checkpoint_whose_best_one_is_damaged_is_skipped(tmp_path, caplog):
+    first, best, _ = checkpoint(tmp_path, 1, best=1), checkpoint(tmp_path, 2, best=2), checkpoint(tmp_path, 3, best=2)
+    assert newest_checkpoint(tmp_path).name == "checkpoint-3"
+    DAMAGE["a bit is wrong"](best)
+    assert newest_checkpoint(tmp_path) == first
+    assert all(f"skipped: checkpoint-{step}: {best}" in caplog.text for step in (2, 3))
 
 
 def test_nothing_to_go_on_from(tmp_path):
@@ -123,7 +132,7 @@ def test_a_run_goes_on_from_the_newest_that_verifies_and_says_what_it_skipped(tm
     trainer.train(resume_from_checkpoint=True)
     assert f"going on from {tmp_path / 'checkpoint-2'}" in caplog.text
     for skipped in ("checkpoint-4", "checkpoint-3"):
-        assert f"checkpoint skipped: {tmp_path / skipped}" in caplog.text
+        assert f"checkpoint skipped: {skipped}: {tmp_path / skipped}" in caplog.text
     assert state_of(tmp_path / "checkpoint-4") == wanted
     assert len(trainer.state.log_history) == 1  # the rest was in the checkpoint's own
 

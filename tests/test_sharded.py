@@ -200,3 +200,9 @@ def test_layers_are_shared_out_one_by_one(family, monkeypatch):
     (name,) = accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap
     chosen = [module for module in model.modules() if type(module).__name__ == name]
     assert len(chosen) == 2 and not any(model.get_input_embeddings() in set(module.modules()) for module in chosen)
+
+
+def test_who_asks_for_fsdp_where_accelerate_has_none_is_told(monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    shard_by_layer(Accelerator(cpu=True), tiny_model("bert"))
+    assert "every process holds it whole" in caplog.text

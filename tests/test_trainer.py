@@ -187,10 +187,11 @@ shares.train()
 shared["straight"] = weights(shares)
 shares = make_trainer(out / "shares", make_groups(11), **share)
 shares.train(resume_from_checkpoint=str(out / "shares" / "checkpoint-4"))
-resumed = make_trainer(out / "long", make_groups(11), num_train_epochs=3, save_strategy="steps", save_steps=3, **run)
+run |= dict(dropout=0.1, num_train_epochs=3)
+resumed = make_trainer(out / "long", make_groups(11), save_strategy="steps", save_steps=3, **run)
 resumed.train()
 straight = weights(resumed)
-again = make_trainer(out / "long", make_groups(11), num_train_epochs=3, **run)
+again = make_trainer(out / "long", make_groups(11), **run)
 again.train(resume_from_checkpoint=str(out / "long" / "checkpoint-3"))
 if trainer.is_world_process_zero():
     torch.save(dict(ranks=weights(trainer), micro=weights(micro), cached=weights(cached), straight=straight,
