@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from lce_trainer.errors import TrainingError
 from lce_trainer.pair_template import encode_by_template, pair_overhead, pair_template
 from lce_trainer.sampling import sample_group
+from lce_trainer.token_ids import Encoded, join_pairs, plain_backend
 
 Batch = dict[str, Any]
-Encoded = dict[str, list[list[int]]]
 
 _OF_GROUPS = ("mask", "labels", "teacher", "target", "group_sizes", "query_ids")  # the rest of a batch is of pairs
 
@@ -64,8 +64,8 @@ class GroupCollator:
         """Make a batch.
 
         Args:
-            rows: Groups, each with its ``epoch`` (0 if it has none); None fills up a batch and is
-                left out.
+            rows: Groups, each with its ``epoch`` (0 if it has none), their query and passages as text or
+                as token ids; None fills up a batch and is left out.
 
         Returns:
             ``input_ids`` and the tokenizer's other inputs, shape ``(pairs, length)``, padded on the
@@ -79,7 +79,8 @@ class GroupCollator:
         groups = [self._draw(row) for row in rows if row is not None]
         sizes = [len(group["passages"]) for group in groups]
         queries, passages = [group["query"] for group in groups], [group["passages"] for group in groups]
-        encoded, cut = encode_groups(
+        encode = join_pairs if groups and not isinstance(queries[0], str) else encode_groups
+        encoded, cut = encode(
             self.tokenizer, queries or [""], passages or [[""]], self.max_length, self.max_query_length
         )
         mask = torch.arange(max(sizes, default=0)) < torch.tensor(sizes, dtype=torch.long)[:, None]
@@ -144,35 +145,16 @@ def encode_groups(
         max_query_length: Tokens of a query at most.
 
     Returns:
-        One list of ids a pair for each of the tokenizer's inputs, and how many pairs were cut.
+        Ids of each pair for each of the tokenizer's inputs, and how many pairs were cut.
     """
     if template := pair_template(tokenizer):
         pairs = [(query, text) for query, texts in zip(queries, passages, strict=True) for text in texts]
         return encode_by_template(tokenizer, template, pairs, max_length, max_query_length)
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
-    heads = backend.encode_batch(list(queries), add_special_tokens=False)
-    bodies = iter(backend.encode_batch([text for texts in passages for text in texts], add_special_tokens=False))
-    encodings, cut = [], 0
-    for head, texts in zip(heads, passages, strict=True):
-        head_is_cut = len(head) > max_query_length
-        if head_is_cut:
-            head.truncate(max_query_length)
-        for _ in texts:
-            body = next(bodies)
-            body_is_cut = len(head) + len(body) > room
-            if body_is_cut:
-                body.truncate(room - len(head))
-            cut += head_is_cut or body_is_cut
-            encodings.append(backend.post_process(head, body, add_special_tokens=True))
-    fields = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
-    return {
-        name: [getattr(encoding, field) for encoding in encodings]
-        for name, field in fields.items()
-        if name in tokenizer.model_input_names
-    }, cut
+    texts = [text for texts in passages for text in texts]
+    ids = (one.ids for one in plain_backend(tokenizer).encode_batch_fast([*queries, *texts], add_special_tokens=False))
+    heads = list(islice(ids, len(queries)))
+    bodies = [list(islice(ids, len(texts))) for texts in passages]
+    return join_pairs(tokenizer, heads, bodies, max_length, max_query_length)
 
 
 def pad_pairs(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, multiple: int | None = None) -> dict[str, Tensor]:

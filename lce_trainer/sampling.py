@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from lce_trainer.errors import GroupsError
+from lce_trainer.token_ids import TokenIds
 from lce_trainer.training_args import LCETrainingArguments
 
 Item = tuple[int, int] | None  # (epoch, row), or None: a place that pads the last batch of an epoch
@@ -165,16 +166,22 @@ def group_sampler(rows: int, batch_size: int, args: LCETrainingArguments, epoch:
 class EpochGroups(Dataset[dict[str, Any] | None]):
     """Rows of groups that know the epoch they are drawn in."""
 
-    def __init__(self, groups: datasets.Dataset) -> None:
-        self.groups = groups
+    def __init__(self, groups: datasets.Dataset, token_ids: TokenIds | None = None) -> None:
+        """Take groups and, in place of their texts, token ids if there are some."""
+        self.groups = groups if token_ids is None else groups.select_columns(["query_id", "labels", "scores"])
+        self.token_ids = token_ids
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitems__(self, items: Sequence[Item]) -> list[dict[str, Any] | None]:
         """The rows of a batch, each with its ``epoch``; None where the batch is only filled up."""
-        taken = [item for item in items if item is not None]
-        rows = iter(self.groups.__getitems__([row for _, row in taken]) if taken else [])
+        taken = [item[1] for item in items if item is not None]
+        found = self.groups.__getitems__(taken) if taken else []
+        if self.token_ids is not None and taken:
+            ids = self.token_ids.take(taken)
+            found = [{**row, "query": query, "passages": texts} for row, (query, texts) in zip(found, ids, strict=True)]
+        rows = iter(found)
         return [None if item is None else {**next(rows), "epoch": item[0]} for item in items]
 
     def __getitem__(self, item: Item) -> dict[str, Any] | None:

@@ -16,10 +16,11 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lce_trainer.errors import GroupsError, TrainingError
 from lce_trainer.sampling import EpochGroups
+from lce_trainer.token_ids import token_ids
 from lce_trainer.training_args import LCETrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -58,16 +59,19 @@ def check_stream(stream: Any, args: LCETrainingArguments) -> None:
         raise TrainingError("distillation_weight is above 0, but the stream has no column scores to learn from")
 
 
-def training_rows(groups: Any, batch_size: int, args: LCETrainingArguments) -> "StreamedGroups | EpochGroups":
+def training_rows(
+    groups: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, args: LCETrainingArguments
+) -> "StreamedGroups | EpochGroups":
     """What a DataLoader reads: rows that know their epoch.
 
     Args:
         groups: A dataset, or a stream.
+        tokenizer: Of the model.
         batch_size: Groups of a batch on one rank.
         args: How many ranks there are and how many batches make a step.
     """
     if not is_stream(groups):
-        return EpochGroups(groups)
+        return EpochGroups(groups, token_ids(groups, tokenizer, args))
     copies = args.world_size if args.split_groups else 1
     batch = batch_size * args.world_size // copies
     return StreamedGroups(groups, batch, args.gradient_accumulation_steps, args.dataloader_drop_last, copies)

@@ -130,7 +130,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         if self.train_dataset is None:
             raise TrainingError("training needs a train_dataset of groups")
         loader: DataLoader[Batch] = self._get_dataloader(
-            dataset=training_rows(self.train_dataset, self._train_batch_size, self.args),
+            dataset=training_rows(self.train_dataset, self.processing_class, self._train_batch_size, self.args),
             description="Training",
             batch_size=self._train_batch_size,
             sampler_fn=self._get_train_sampler,

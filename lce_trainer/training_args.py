@@ -80,6 +80,14 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             "the last layer computes only what its head reads; exact. With none they are padded."
         },
     )
+    pretokenize: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Tokenize all groups once, before the first step, into the cache of datasets, which later runs "
+            "reuse: a batch is then put together from memory-mapped ids. null: on an accelerator. Not for streams, "
+            "nor where pairs go through a template."
+        },
+    )
     split_groups: bool = field(
         default=False,
         metadata={

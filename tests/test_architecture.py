@@ -42,7 +42,7 @@ LEARNING |= {
     "lockstep",
     "streaming",
 }
-LEARNING |= {"attention", "packing"}
+LEARNING |= {"attention", "packing", "token_ids"}
 SHARING = {"cards", "hub"}
 TOP = {"run", "fit", "stages", "cli", "__init__"}
 

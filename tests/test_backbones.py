@@ -138,7 +138,7 @@ def test_training_and_scoring_encode_a_pair_alike(trained):
     for rows, batch in scoring_batches(tokenizer, pairs, MAX_LENGTH, 1000):
         for row, line, mask in zip(rows, batch["input_ids"], batch["attention_mask"], strict=True):
             ids[int(row)] = line[mask.bool()].tolist()
-    assert [ids[i] for i in range(len(pairs))] == encoded["input_ids"]
+    assert [ids[i] for i in range(len(pairs))] == [list(line) for line in encoded["input_ids"]]
     assert 0 < cut < len(pairs)
     assert max(len(row) for row in encoded["input_ids"]) == MAX_LENGTH
 

@@ -1,0 +1,126 @@
+import logging
+
+import datasets
+import pytest
+import torch
+from conftest import build_model, build_tokenizer
+from datasets import Dataset
+from tiny_models import FAMILIES, tiny_config, tiny_tokenizer
+from torch.utils.data import DataLoader
+
+from lce_trainer.collator import GroupCollator
+from lce_trainer.pair_template import settle_template
+from lce_trainer.sampling import EpochGroups, GroupSampler
+from lce_trainer.streaming import training_rows
+from lce_trainer.token_ids import token_ids
+from lce_trainer.trainer import LCETrainer
+from lce_trainer.training_args import LCETrainingArguments
+
+WORDS = ["moon", "river", "tree", "snow", "stone"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "lce_trainer"
+
+
+def some_groups() -> Dataset:
+    return Dataset.from_list(
+        [
+            {
+                "query_id": f"q{i}",
+                "query": " ".join(["what"] * (1 + 4 * (i % 4))),
+                "passages": [" ".join([word] * (1 + (i + 7 * j) % 40)) for j, word in enumerate(WORDS[: 2 + i % 4])],
+                "passage_ids": [f"p{j}" for j in range(2 + i % 4)],
+                "labels": [1.0] + [0.0] * (1 + i % 4),
+                "scores": None if i % 2 else [0.5] * (2 + i % 4),
+            }
+            for i in range(12)
+        ]
+    )
+
+
+def settings(folder, **chosen) -> LCETrainingArguments:
+    chosen = {"max_length": 32, "max_query_length": 8, "group_size": 3, "report_to": "none", **chosen}
+    return LCETrainingArguments(str(folder), **chosen)
+
+
+def batches(tokenizer, args, workers: int = 0) -> list[dict]:
+    rows = training_rows(some_groups(), tokenizer, 4, args)
+    collator = GroupCollator(tokenizer, args.group_size, args.max_length, args.max_query_length)
+    sampler = GroupSampler(12, seed=3, epoch=lambda: 1, multiple=5)
+    return list(DataLoader(rows, 5, sampler=sampler, collate_fn=collator, num_workers=workers))
+
+
+def same(one: list[dict], other: list[dict]) -> bool:
+    def equal(a, b) -> bool:
+        return torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) if isinstance(a, torch.Tensor) else a == b
+
+    return len(one) == len(other) and all(
+        a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a) for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_ids_make_the_batches_that_texts_make(family, tmp_path):
+    tokenizer = tiny_tokenizer(family)
+    if tokenizer.chat_template:
+        pytest.skip("pairs of this family go through a template")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    plain = batches(tokenizer, settings(tmp_path, pretokenize=False))
+    assert same(plain, batches(tokenizer, settings(tmp_path, pretokenize=True)))
+    assert sum(batch["cut_pairs"] for batch in plain) > 0
+
+
+def test_workers_make_the_same_batches_of_kept_ids(tmp_path):
+    args = settings(tmp_path, pretokenize=True)
+    assert same(batches(build_tokenizer(), args), batches(build_tokenizer(), args, workers=2))
+
+
+def test_groups_are_tokenized_once_for_a_tokenizer_and_a_length(tmp_path, cache):
+    def files() -> dict:
+        return {file.name: file.stat().st_mtime_ns for file in cache.glob("*.arrow")}
+
+    args = settings(tmp_path, pretokenize=True)
+    token_ids(some_groups(), build_tokenizer(), args)
+    first = files()
+    token_ids(some_groups(), build_tokenizer(), args)
+    assert len(first) == 1 and files() == first
+    other = build_tokenizer()
+    other.add_tokens(["river"])
+    token_ids(some_groups(), other, args)
+    token_ids(some_groups(), build_tokenizer(), settings(tmp_path, pretokenize=True, max_length=16))
+    token_ids(some_groups().select([3, 1]), build_tokenizer(), args)
+    assert len(files()) == 4 and first.items() <= files().items()
+
+
+def test_a_long_text_is_kept_as_far_as_a_pair_can_hold_it(tmp_path):
+    groups = Dataset.from_list(
+        [{"query_id": "q", "query": "what", "passages": ["moon " * 500, "tree"], "labels": [1, 0], "scores": None}]
+    )
+    [(query, passages)] = token_ids(groups, build_tokenizer(), settings(tmp_path, pretokenize=True)).take([0])
+    assert [len(query), *map(len, passages)] == [1, 32, 1]
+
+
+def test_training_ends_with_the_same_weights(tmp_path):
+    def weights(name: str, pretokenize: bool) -> dict:
+        args = settings(tmp_path / name, pretokenize=pretokenize, num_train_epochs=2, use_cpu=True)
+        trainer = LCETrainer(build_model(), args, train_dataset=some_groups(), processing_class=build_tokenizer())
+        trainer.train()
+        return trainer.model.state_dict()
+
+    texts, ids = weights("texts", False), weights("ids", True)
+    assert all(torch.equal(texts[name], ids[name]) for name in texts)
+
+
+def test_texts_are_tokenized_as_they_come_on_a_cpu_and_under_a_template(tmp_path, caplog):
+    assert token_ids(some_groups(), build_tokenizer(), settings(tmp_path, use_cpu=True)) is None
+    rows = training_rows(some_groups(), build_tokenizer(), 4, settings(tmp_path, use_cpu=True))
+    assert isinstance(rows, EpochGroups) and rows[0, 0]["query"] == "what"
+    tokenizer = tiny_tokenizer("qwen3")
+    settle_template(tokenizer, tiny_config("qwen3"))
+    with caplog.at_level(logging.WARNING, "lce_trainer"):
+        assert token_ids(some_groups(), tokenizer, settings(tmp_path, pretokenize=True)) is None
+    assert "tokenized as one text" in caplog.text
