@@ -1,6 +1,9 @@
 """What a run reports: to transformers' callbacks, and to the dashboards that they feed."""
 
+import json
 import math
+import sqlite3
+from contextlib import closing
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -45,6 +48,32 @@ def test_a_dashboard_shows_the_curves_and_the_rankings(tmp_path, monkeypatch):
         assert all(math.isfinite(point.value) for point in points), name
     logged = [entry["margin"] for entry in trainer.state.log_history if "margin" in entry]
     assert [point.value for point in board.Scalars("train/margin")] == pytest.approx(logged, rel=1e-6)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"SECRET" in file.read_bytes()]
+
+
+def test_trackio_gets_the_same_curves_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "board"))  # read when trackio is imported
+    pytest.importorskip("trackio", reason="not among the test requirements: pip install trackio")
+    trainer = make_trainer(
+        tmp_path / "out",
+        easy_groups(16),
+        eval_dataset={"near": easy_groups(6), "far": easy_groups(3)},
+        report_to="trackio",
+        project="curves",
+        logging_steps=1,
+        eval_strategy="epoch",
+        hub_token="hf_SECRETSECRET",
+    )
+    trainer.train()
+    with closing(sqlite3.connect(tmp_path / "board" / "curves.db")) as board:
+        rows = [json.loads(row) for (row,) in board.execute("SELECT metrics FROM metrics ORDER BY id")]
+    steps = [row for row in rows if "train/loss" in row]
+    assert [row["train/global_step"] for row in steps] == [1, 2]
+    assert all(math.isfinite(row[f"train/{name}"]) for row in steps for name in CURVES)
+    logged = [entry["margin"] for entry in trainer.state.log_history if "margin" in entry]
+    assert [row["train/margin"] for row in steps] == pytest.approx(logged, rel=1e-6)
+    rankings = {f"eval/{name}ndcg@10" for name in ("", "near_", "far_")}
+    assert rankings <= {name for row in rows for name in row}
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"SECRET" in file.read_bytes()]
 
 
