@@ -194,27 +194,16 @@ def run_score(folder: Path, size: int) -> None:
     """Scores of pairs that are made as they are asked for."""
     from lce_trainer import Reranker
 
-    scores = Reranker.from_pretrained(folder / "model").score(_Pairs(folder, size))
+    texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
+    scores = Reranker.from_pretrained(folder / "model").score(made_pairs(texts, size))
     assert scores.shape == (size,) and np.isfinite(scores).all()
 
 
-class _Pairs(Sequence[tuple[str, str]]):
-    """Every query with every passage, up to a number of pairs."""
-
-    def __init__(self, folder: Path, size: int) -> None:
-        self.texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, row: Any) -> Any:
-        if isinstance(row, slice):
-            return [self[i] for i in range(*row.indices(self.size))]
-        if not 0 <= row < self.size:
-            raise IndexError(row)
-        query, passage = divmod(row, len(self.texts))
-        return f"{self.texts[query % len(self.texts)][:40]} {query}", self.texts[passage]
+def made_pairs(texts: Sequence[str], size: int) -> Iterator[tuple[str, str]]:
+    """Query after query, each with every passage; each text is made when it is asked for, and nobody else's."""
+    for row in range(size):
+        query, passage = divmod(row, len(texts))
+        yield f"{texts[query % len(texts)][:40]} {query}", f"{texts[passage]} {row}"
 
 
 def write_texts(data: Path, folder: Path) -> None:

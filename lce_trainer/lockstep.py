@@ -5,19 +5,14 @@ together. A rank with less to do than the others then runs passes that add nothi
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
-
-from lce_trainer.reranker import scoring_batches
 
 logger = logging.getLogger(__name__)
 
@@ -74,47 +69,3 @@ def adding_up(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     else:
         with accelerator.no_sync(model):
             yield
-
-
-def score_share(
-    accelerator: Accelerator,
-    score: Callable[[dict[str, Tensor]], Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[tuple[str, str]],
-    max_length: int,
-    batch_tokens: int,
-    **bar_settings: Any,
-) -> np.ndarray:
-    """Score every pair once, on some rank.
-
-    Args:
-        accelerator: Tells the ranks.
-        score: Gives the logit of each row of a batch, shape ``(rows,)``.
-        tokenizer: Of the model.
-        pairs: Query and passage of each, the same on every rank.
-        max_length: Tokens of a pair at most.
-        batch_tokens: As :func:`lce_trainer.reranker.scoring_batches` takes it.
-        **bar_settings: For the progress bar.
-
-    Returns:
-        Raw logits, float32, shape ``(pairs,)``, the same on every rank.
-    """
-    mine = np.arange(accelerator.process_index, len(pairs), accelerator.num_processes)
-    scores = torch.zeros(len(pairs), device=accelerator.device)
-
-    batches: Iterator[Any] = scoring_batches(tokenizer, [pairs[i] for i in mine], max_length, batch_tokens)
-    together = in_lockstep(accelerator)
-    if together:
-        batches = with_the_others(accelerator, batches)
-    # What FSDP gathers in inference mode it could not train with.
-    with torch.no_grad() if together else torch.inference_mode(), tqdm(total=len(mine), **bar_settings) as bar:
-        for batch in batches:
-            if batch is None:
-                score(next(scoring_batches(tokenizer, pairs[:1], max_length, batch_tokens))[1])
-                continue
-            rows, inputs = batch
-            scores[torch.as_tensor(mine[rows], device=scores.device)] = score(inputs).float()
-            bar.update(len(rows))
-    # Every other rank holds zero for a pair, so the sum is exact.
-    total: Tensor = accelerator.reduce(scores, reduction="sum")
-    return total.cpu().numpy()

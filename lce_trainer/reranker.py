@@ -1,24 +1,21 @@
 """A trained reranker: load it, score pairs, rank passages."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lce_trainer.collator import pad_pairs
 from lce_trainer.errors import TrainingError
 from lce_trainer.loading import load_model, load_tokenizer, longest_input, settle
 from lce_trainer.packing import batch_scores, disable_packing, enable_packing
-from lce_trainer.pair_template import encode_by_template, pair_template
 from lce_trainer.saving import save_reranker
-
-WINDOW = 16384  # pairs tokenized at once: bounds the memory that token ids take
+from lce_trainer.scoring import score_pairs
 
 
 @dataclass(frozen=True)
@@ -106,27 +103,41 @@ class Reranker:
         save_reranker(self.model, self.tokenizer, self.max_length, Path(folder))
 
     def score(
-        self, pairs: Sequence[tuple[str, str]], *, batch_tokens: int = 8192, progress: bool = False
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        batch_tokens: int = 8192,
+        progress: bool = False,
+        accelerator: Accelerator | None = None,
     ) -> np.ndarray:
         """Score queries with passages.
+
+        Pairs are read, tokenized and scored in windows of 16,384, of which only the scores are kept: millions of
+        them may come from a generator. Equal pairs of a window get the very same score.
 
         Args:
             pairs: Query and passage of each.
             batch_tokens: Tokens, padding included, in one forward pass at most.
             progress: Show a bar.
+            accelerator: Share the pairs among the processes that ``accelerate launch`` started. Every process must
+                call, with the same pairs in the same order, and gets all scores. If None, this process scores all.
 
         Returns:
             Raw logits, float32, shape ``(pairs,)``; higher is more relevant.
+
+        Raises:
+            TrainingError: Something is not a pair of strings, ``batch_tokens`` is less than 1, or processes that
+                share the pairs were given different ones.
         """
-        # Equal pairs are scored once: rows of one batch can differ in the last bit.
-        places = {pair: place for place, pair in enumerate(dict.fromkeys((query, passage) for query, passage in pairs))}
-        scores = np.zeros(len(places), dtype=np.float32)
-        with torch.inference_mode(), tqdm(total=len(places), unit="pair", disable=not progress) as bar:
-            for rows, batch in scoring_batches(self.tokenizer, list(places), self.max_length, batch_tokens):
-                inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-                scores[rows] = batch_scores(self.model, inputs, self.model).float().cpu().numpy()
-                bar.update(len(rows))
-        return scores[[places[query, passage] for query, passage in pairs]]
+        return score_pairs(
+            lambda batch: batch_scores(self.model, send_to_device(batch, self.model.device), self.model),
+            self.tokenizer,
+            pairs,
+            self.max_length,
+            batch_tokens,
+            accelerator,
+            disable=not (progress and (accelerator is None or accelerator.is_local_main_process)),
+        )
 
     def rank(self, query: str, passages: Sequence[str], top_k: int | None = None) -> list[RankedPassage]:
         """Passages from the most relevant down; equal scores keep their order.
@@ -139,46 +150,3 @@ class Reranker:
         scores = self.score([(query, passage) for passage in passages])
         order = np.argsort(-scores, kind="stable")[:top_k]
         return [RankedPassage(int(i), float(scores[i]), passages[i]) for i in order]
-
-
-def scoring_batches(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int, batch_tokens: int
-) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    """Pairs alike in length, padded together, the longest of each window first.
-
-    Pairs are cut as every other loader of the checkpoint cuts them, from the longer side first: a
-    query is whole as long as it takes less than half of the room, and is encoded as in training.
-
-    Args:
-        tokenizer: Of the model.
-        pairs: Query and passage of each.
-        max_length: Tokens of a pair at most.
-        batch_tokens: Tokens of a batch at most, padding included; a single pair may have more.
-
-    Yields:
-        Indices of the batch's pairs, and the model's inputs, shape ``(batch, length)``.
-    """
-    for start in range(0, len(pairs), WINDOW):
-        window = pairs[start : start + WINDOW]
-        encoded = _encode_pairs(tokenizer, window, max_length)
-        lengths = np.array([len(ids) for ids in encoded["input_ids"]])
-        order = np.argsort(-lengths, kind="stable")
-        while len(order):
-            rows, order = np.split(order, [max(1, batch_tokens // lengths[order[0]])])
-            batch = pad_pairs(tokenizer, {name: [values[i] for i in rows] for name, values in encoded.items()})
-            yield start + rows, batch
-
-
-def _encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int
-) -> Mapping[str, list[list[int]]]:
-    """Token ids of each pair, for each of the tokenizer's inputs."""
-    if template := pair_template(tokenizer):
-        return encode_by_template(tokenizer, template, pairs, max_length)[0]
-    encoded: Mapping[str, list[list[int]]] = tokenizer(
-        [query for query, _ in pairs],
-        [passage for _, passage in pairs],
-        truncation="longest_first",
-        max_length=max_length,
-    )
-    return encoded

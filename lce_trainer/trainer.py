@@ -29,13 +29,14 @@ from lce_trainer.guards import (
     usable_groups,
 )
 from lce_trainer.loading import prepare
-from lce_trainer.lockstep import in_lockstep, score_share, shard_by_layer
+from lce_trainer.lockstep import in_lockstep, shard_by_layer
 from lce_trainer.loss import group_losses
 from lce_trainer.metrics import group_metrics, mean_over_sets
 from lce_trainer.packing import batch_scores, enable_packing, packed_scores, packs, padded_scores
 from lce_trainer.sampling import GroupSampler, group_sampler
 from lce_trainer.saving import add_notes, note_format, save_reranker, write_settings
 from lce_trainer.score_cache import cut_step, gather_scores, run_step
+from lce_trainer.scoring import score_pairs
 from lce_trainer.streaming import StreamWatch, is_stream, training_rows
 from lce_trainer.training_args import LCETrainingArguments
 
@@ -326,13 +327,13 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
     def _score_pairs(self, model: nn.Module, pairs: list[tuple[str, str]], description: str) -> np.ndarray:
         """Raw logits, shape ``(pairs,)``, the same on every rank."""
-        return score_share(
-            self.accelerator,
+        return score_pairs(
             lambda batch: batch_scores(model, self._prepare_inputs(batch), self.model),
             self.processing_class,
             pairs,
             self.args.max_length,
             self.args.eval_batch_tokens,
+            self.accelerator,
             desc=description,
             leave=False,
             disable=self.args.disable_tqdm or not self.is_local_process_zero(),

@@ -40,6 +40,7 @@ LEARNING |= {
     "adapters",
     "score_cache",
     "lockstep",
+    "scoring",
     "streaming",
 }
 LEARNING |= {"attention", "packing", "token_ids"}

@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lce_trainer.collator import encode_groups
 from lce_trainer.errors import TrainingError
 from lce_trainer.loading import longest_input
-from lce_trainer.reranker import Reranker, scoring_batches
+from lce_trainer.reranker import Reranker
+from lce_trainer.scoring import scoring_batches
 from lce_trainer.trainer import LCETrainer
 from lce_trainer.training_args import LCETrainingArguments
 

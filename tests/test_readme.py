@@ -87,12 +87,22 @@ def test_every_trainer_example_trains(code, tiny_reranker, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_the_reranker_example_ranks(tiny_reranker, tmp_path):
-    (code,) = [block for block in blocks("python") if "Reranker.from_pretrained" in block]
-    code = re.sub(r'from_pretrained\("[^"]+"\)', f"from_pretrained({str(tiny_reranker)!r})", code)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+def run_with_reranker(called: str, reranker: Path, folder: Path, also: str = "") -> str:
+    """What the one example that calls this prints."""
+    (code,) = [block for block in blocks("python") if called in block]
+    code = re.sub(r'from_pretrained\("[^"]+"', f"from_pretrained({str(reranker)!r}", code)
+    done = subprocess.run([sys.executable, "-c", code + also], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "RankedPassage(index=" in done.stdout
+    return done.stdout
+
+
+def test_the_reranker_example_ranks(tiny_reranker, tmp_path):
+    assert "RankedPassage(index=" in run_with_reranker("reranker.rank(", tiny_reranker, tmp_path)
+
+
+def test_the_example_that_shares_pairs_scores_them(tiny_reranker, tmp_path):
+    (tmp_path / "pairs.tsv").write_text("what is red\ta red fish\nwhat is blue\ta blue bird\n")
+    assert "(2,)" in run_with_reranker("accelerator=accelerator", tiny_reranker, tmp_path, "print(scores.shape)")
 
 
 def test_every_link_leads_somewhere():

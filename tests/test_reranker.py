@@ -10,7 +10,8 @@ from lce_trainer.collator import pad_pairs
 from lce_trainer.errors import ConfigError, TrainingError
 from lce_trainer.loading import load_model
 from lce_trainer.notes import RAW_SCORES
-from lce_trainer.reranker import Reranker, scoring_batches
+from lce_trainer.reranker import Reranker
+from lce_trainer.scoring import scoring_batches
 
 
 def make_pairs(n: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -74,7 +75,7 @@ def test_batches_keep_to_their_tokens_and_lose_no_pair():
 def test_windows_of_pairs_score_as_one(checkpoint, monkeypatch):
     reranker, pairs = Reranker.from_pretrained(checkpoint), make_pairs(20)
     whole = reranker.score(pairs)
-    monkeypatch.setattr("lce_trainer.reranker.WINDOW", 6)
+    monkeypatch.setattr("lce_trainer.scoring.WINDOW", 6)
     np.testing.assert_allclose(reranker.score(pairs), whole, atol=1e-6)
 
 

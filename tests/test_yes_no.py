@@ -12,7 +12,8 @@ from lce_trainer.errors import TrainingError
 from lce_trainer.hub import publish
 from lce_trainer.loading import load_model, load_tokenizer, pairing_tokenizer, prepare
 from lce_trainer.pair_template import pair_template
-from lce_trainer.reranker import Reranker, scoring_batches
+from lce_trainer.reranker import Reranker
+from lce_trainer.scoring import scoring_batches
 from lce_trainer.training_args import LCETrainingArguments
 from lce_trainer.yes_no import answers_of, pair_logits, question_template
 

@@ -1,0 +1,178 @@
+"""Pairs into scores: window by window, so that memory holds no more than one of them, on one process or several."""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lce_trainer.collator import pad_pairs
+from lce_trainer.errors import TrainingError
+from lce_trainer.lockstep import in_lockstep, with_the_others
+from lce_trainer.pair_template import encode_by_template, pair_template
+from lce_trainer.token_ids import Encoded, plain_backend
+
+WINDOW = 16384  # pairs in memory at once, of all ranks together: bounds what texts and token ids take
+
+Pair = tuple[str, str]
+
+
+def score_pairs(
+    score: Callable[[dict[str, Tensor]], Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Iterable[Pair],
+    max_length: int,
+    batch_tokens: int,
+    accelerator: Accelerator | None = None,
+    **bar_settings: Any,
+) -> np.ndarray:
+    """Score every pair once, on some rank.
+
+    Args:
+        score: Gives the logit of each row of a batch, shape ``(rows,)``.
+        tokenizer: Of the model.
+        pairs: Query and passage of each, the same on every rank; read once, a window at a time.
+        max_length: Tokens of a pair at most.
+        batch_tokens: As :func:`scoring_batches` takes it.
+        accelerator: Of the ranks that share the pairs, every one of which must call; None keeps to this process.
+        **bar_settings: For the progress bar.
+
+    Returns:
+        Raw logits, float32, shape ``(pairs,)``, the same on every rank.
+
+    Raises:
+        TrainingError: Something is not a pair of strings, ``batch_tokens`` is no positive number, or the ranks
+            were given different pairs.
+    """
+    if batch_tokens < 1:
+        raise TrainingError(f"batch_tokens={batch_tokens}: a batch has 1 token at least, and better some thousands")
+    found = [np.zeros(0, dtype=np.float32)]
+    total = len(pairs) if isinstance(pairs, Sized) else None
+    done = 0
+    with tqdm(total=total, unit="pair", **bar_settings) as bar:
+        for window in _windows(pairs, accelerator):
+            # Equal pairs are scored once: rows of one batch can differ in the last bit.
+            places = {pair: place for place, pair in enumerate(dict.fromkeys(window))}
+            scores = _score_window(score, tokenizer, list(places), max_length, batch_tokens, accelerator, bar.update)
+            found.append(scores[[places[pair] for pair in window]])
+            done += len(window)
+            bar.update(done - bar.n)
+    return np.concatenate(found)
+
+
+def _windows(pairs: Iterable[Pair], accelerator: Accelerator | None) -> Iterator[list[Pair]]:
+    """Pairs, so many at a time, checked."""
+    numbered = enumerate(pairs)
+    while True:
+        window = [_checked(number, pair) for number, pair in islice(numbered, WINDOW)]
+        if accelerator is not None and accelerator.num_processes > 1:
+            _check_the_others(accelerator, window)
+        if not window:
+            return
+        yield window
+
+
+def _checked(number: int, pair: Any) -> Pair:
+    if not isinstance(pair, str) and isinstance(pair, Sequence) and len(pair) == 2:
+        query, passage = pair
+        if isinstance(query, str) and isinstance(passage, str):
+            return query, passage
+    raise TrainingError(
+        f"pair {number} (the first is 0) is {repr(pair)[:80]}: a pair is a query and a passage, two strings"
+    )
+
+
+def _check_the_others(accelerator: Accelerator, window: list[Pair]) -> None:
+    """Ranks with other pairs would add up scores of different things, or wait for each other forever."""
+    digest = zlib.crc32("\0".join(text for pair in window for text in pair).encode("utf-8", "surrogatepass"))
+    mine = torch.tensor([[len(window), digest]], device=accelerator.device)
+    everyones: Tensor = accelerator.gather(mine)
+    if (everyones != mine).any():
+        raise TrainingError(
+            "the processes were given different pairs: give each of them all pairs, in the same order, and they "
+            "share them; or leave accelerator out, and each scores its own"
+        )
+
+
+def _score_window(
+    score: Callable[[dict[str, Tensor]], Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[Pair],
+    max_length: int,
+    batch_tokens: int,
+    accelerator: Accelerator | None,
+    advance: Callable[[int], Any],
+) -> np.ndarray:
+    """Scores of distinct pairs, shape ``(pairs,)``, the same on every rank."""
+    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    mine = np.arange(rank, len(pairs), ranks)
+    scores = torch.zeros(len(pairs), device=accelerator.device if accelerator is not None else "cpu")
+    batches: Iterator[Any] = scoring_batches(tokenizer, [pairs[i] for i in mine], max_length, batch_tokens)
+    together = accelerator is not None and in_lockstep(accelerator)
+    if accelerator is not None and together:
+        batches = with_the_others(accelerator, batches)
+    # What FSDP gathers in inference mode it could not train with.
+    with torch.no_grad() if together else torch.inference_mode():
+        for batch in batches:
+            if batch is None:
+                score(next(scoring_batches(tokenizer, pairs[:1], max_length, batch_tokens))[1])
+                continue
+            rows, inputs = batch
+            scores[torch.as_tensor(mine[rows], device=scores.device)] = score(inputs).float().to(scores.device)
+            advance(ranks * len(rows))
+    # Every other rank holds zero for a pair, so the sum is exact.
+    if accelerator is not None and ranks > 1:
+        scores = accelerator.reduce(scores, reduction="sum")
+    return scores.cpu().numpy()
+
+
+def scoring_batches(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int, batch_tokens: int
+) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+    """Pairs alike in length, padded together, the longest first.
+
+    Pairs are cut as every other loader of the checkpoint cuts them, from the longer side first: a
+    query is whole as long as it takes less than half of the room, and is encoded as in training.
+
+    Args:
+        tokenizer: Of the model.
+        pairs: Query and passage of each; all are tokenized at once.
+        max_length: Tokens of a pair at most.
+        batch_tokens: Tokens of a batch at most, padding included; a single pair may have more.
+
+    Yields:
+        Indices of the batch's pairs, and the model's inputs, shape ``(batch, length)``.
+    """
+    if not len(pairs):
+        return
+    encoded = _encode_pairs(tokenizer, pairs, max_length)
+    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+    order = np.argsort(-lengths, kind="stable")
+    while len(order):
+        rows, order = np.split(order, [max(1, batch_tokens // lengths[order[0]])])
+        yield rows, pad_pairs(tokenizer, {name: [values[i] for i in rows] for name, values in encoded.items()})
+
+
+def _encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int) -> Encoded:
+    """Token ids of each pair, for each of the tokenizer's inputs; an encoder's texts are tokenized once each."""
+    if template := pair_template(tokenizer):
+        return encode_by_template(tokenizer, template, pairs, max_length)[0]
+    if not tokenizer.is_fast:
+        queries, passages = zip(*pairs, strict=True)
+        encoded: Encoded = tokenizer(list(queries), list(passages), truncation="longest_first", max_length=max_length)
+        return encoded
+    backend = plain_backend(tokenizer)
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+    halves = dict(zip(texts, backend.encode_batch_fast(texts, add_special_tokens=False), strict=True))
+    # The tokenizer itself cuts each pair, and puts its separators in.
+    backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
+    joined = [backend.post_process(halves[query], halves[passage]) for query, passage in pairs]
+    backend.no_truncation()  # which would be saved with the tokenizer
+    fields = {"input_ids": [pair.ids for pair in joined], "token_type_ids": [pair.type_ids for pair in joined]}
+    return {name: ids for name, ids in fields.items() if name in tokenizer.model_input_names}
