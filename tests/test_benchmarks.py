@@ -99,7 +99,7 @@ def test_systems_that_score_give_the_same_scores(checkpoint):
     infer.choose_sizes(found, pairs)
     seconds = infer.race(found, [pairs, pairs[:5]], "fp32")
     assert {len(spent) for spent in seconds.values()} == {2}
-    off = infer.System(lambda given, size: found[infer.OURS].score(given, size) + 0.01, [8])
+    off = infer.System(lambda given, size: found[infer.OURS].score(given, size) + 0.01, [8], chosen=8)
     with pytest.raises(SystemExit, match="off, fp32: a score differs"):
         infer.race({**found, "off": off}, [pairs], "fp32")
 
