@@ -101,9 +101,13 @@ def packed_scores(
     Returns:
         Shape ``(pairs,)``.
     """
+    pairs = len(lengths)
+    if filler := _filler(sum(lengths), tensors["input_ids"]):
+        tensors = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in tensors.items()}
+        lengths = [*lengths, filler]
     packed, order = pack_pairs(tensors, lengths, config)
     logits: Tensor = model(**packed).logits[:, 0]
-    return logits[torch.as_tensor(np.argsort(order), device=logits.device)]
+    return logits[torch.as_tensor(np.argsort(order)[:pairs], device=logits.device)]
 
 
 def batch_scores(model: nn.Module, tensors: Mapping[str, Tensor], unwrapped: PreTrainedModel) -> Tensor:
@@ -177,6 +181,18 @@ def pack_pairs(
     if config.model_type in _DECODERS:
         inputs["use_cache"] = False
     return {**inputs, "packing": packing}, order
+
+
+def _filler(tokens: int, input_ids: Tensor) -> int:
+    """Tokens of one more pair, whose logit nobody reads, that make row lengths repeat on a CPU; 0 if none is needed.
+
+    oneDNN's and PyTorch's caches keep what they compiled for each of the last 1024 shapes, and glibc's heap is
+    torn by buffers of ever new sizes, so memory grows with every new row length: 1.8 GB instead of 1.1 GB after
+    150 steps. Rows of 1024 tokens and more get 32 lengths an octave, 1.6 % of tokens on average.
+    """
+    if input_ids.device.type != "cpu" or tokens < 1024:
+        return 0
+    return -tokens % min(1 << (tokens.bit_length() - 6), input_ids.shape[1])
 
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from lce_trainer.attention import attend, make_packing
-from lce_trainer.packing import disable_packing, enable_packing, pack_pairs
+from lce_trainer.packing import _filler, disable_packing, enable_packing, pack_pairs
 from lce_trainer.packing import packed_scores as scores_of
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -161,6 +161,39 @@ def test_gradient_checkpointing_changes_nothing():
     got = gradients(model, packed_scores(model, batch))
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "qwen3"])
+def test_a_long_row_is_filled_up_and_the_filler_changes_nothing(family):
+    model = make_model(family)
+    lengths = [5, 40, 33, 12] * 11 + [38]  # 1028 tokens
+    real = torch.arange(40) < torch.tensor(lengths)[:, None]
+    words = torch.randint(5, 60, real.shape, generator=torch.Generator().manual_seed(1))
+    batch = {
+        "input_ids": torch.where(real, words, model.config.pad_token_id),
+        "attention_mask": real.long(),
+    }
+    padded = model(**batch).logits[:, 0]
+    wanted = gradients(model, padded)
+    assert enable_packing(model)
+    rows = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, inputs, out: rows.append(tuple(out.shape[:2])))
+    packed = scores_of(model, batch, lengths, model.config)
+    hook.remove()
+    assert rows == [(1, 1056)]
+    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-9)
+    got = gradients(model, packed)
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_long_rows_have_few_lengths_and_little_filler():
+    ids = torch.zeros(1, 256)
+    filled = {tokens: tokens + _filler(tokens, ids) for tokens in range(1, 8193)}
+    assert all(filled[tokens] == tokens for tokens in range(1, 1025))
+    assert all(size < tokens * (1 + 1 / 32) for tokens, size in filled.items())
+    assert len({size for tokens, size in filled.items() if tokens > 1024}) == 3 * 32
+    assert _filler(100_001, torch.zeros(1, 48)) < 48  # no longer than a pair may be
 
 
 def test_dropout_acts_in_a_packed_row():
