@@ -1,11 +1,15 @@
 """Attention within the pairs of a packed row.
 
-By a kernel for variable lengths where the hardware has one, else by a few calls of
-``scaled_dot_product_attention`` over pairs alike in length: padding exists inside those calls only.
+By a kernel for variable lengths where the hardware has one, else by one call of
+``scaled_dot_product_attention`` for all pairs of a length, which stand side by side: so the calls read
+and write the row in place, and nothing is padded or masked.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,85 +18,60 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lce_trainer.collator import length_buckets
+logger = logging.getLogger(__name__)
 
 _LONGEST_BY_PRODUCTS = 1024  # tokens, beyond which weights of tokens x tokens would fill the memory
-_CALL_OVERHEAD = 512  # tokens of padding inside attention that are worth one more call of it
+
+Kernel = Callable[..., Tensor]
 
 
 @dataclass
 class Packing:
-    """Where the pairs of a packed row lie, and how attention over them is cut into calls.
+    """Where the pairs of a packed row lie.
 
     Attributes:
         lengths: Tokens of each pair, on the host, shape ``(pairs,)``; ascending.
         read: Index of the token that the head reads of each pair, shape ``(pairs,)``.
         starts: Index of each pair's first token and the number of tokens, shape ``(pairs + 1,)``, int32.
-        padded: For attention by calls: token index of every place of every call, calls one after the
-            other, places that are padding pointing at their pair's first token, shape ``(places,)``.
-        places: Place of every token, shape ``(tokens,)``: the inverse of ``padded``.
-        calls: ``(pairs, length)`` of each call.
-        masks: Keys that are no padding, for the calls that have some.
+        calls: ``(pairs, length)`` of each length there is.
+        masks: Which keys a query sees, by length, window and direction, where those are not all.
     """
 
     lengths: np.ndarray
     read: Tensor
     starts: Tensor
-    padded: Tensor
-    places: Tensor
     calls: list[tuple[int, int]]
-    masks: dict[Any, Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
 
-    def mask(self, call: int, window: int | None, causal: bool, one_query: bool) -> Tensor | None:
-        """Which keys a call's queries see, True where seen; None if all, or if plainly causal."""
-        key = (call, window, causal, one_query)
-        if key not in self.masks:
-            self.masks[key] = self._mask(*key)
-        return self.masks[key]
-
-    def _mask(self, call: int, window: int | None, causal: bool, one_query: bool) -> Tensor | None:
-        first = sum(pairs for pairs, _ in self.calls[:call])
-        pairs, longest = self.calls[call]
-        lengths = self.lengths[first : first + pairs]
-        ragged, local = bool((lengths < longest).any()), window is not None and window < longest
-        if not local and (not ragged or (causal and not one_query)):
-            # A causal query never sees the padding behind it.
+    def mask(self, length: int, window: int | None, causal: bool) -> Tensor | None:
+        """Which keys each query of a pair sees, shape ``(length, length)``; None if that is not for a window to say."""
+        if window is None or window >= length:
             return None
-        device = self.read.device
-        sizes, key = torch.as_tensor(lengths, device=device), torch.arange(longest, device=device)
-        seen = (key < sizes[:, None])[:, None, None]  # (pairs, 1, 1, keys)
-        if window is not None and local:
-            query = (sizes - 1 if causal else torch.zeros_like(sizes))[:, None] if one_query else key[None]
-            distance = (query[:, :, None] - key)[:, None]  # (pairs or 1, 1, queries, keys)
-            seen = seen & (distance.abs() < window)
-            if causal:
-                seen = seen & (distance >= 0)
-        return seen
+        if (length, window, causal) not in self.masks:
+            place = torch.arange(length, device=self.read.device)
+            distance = place[:, None] - place
+            seen = distance.abs() < window
+            self.masks[length, window, causal] = seen & (distance >= 0) if causal else seen
+        return self.masks[length, window, causal]
 
 
 def make_packing(lengths: np.ndarray, device: torch.device | str, reads_last: bool = False) -> Packing:
     """Lay out pairs of ascending lengths; decoders read the last token of each, encoders the first."""
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    calls, padded, places, place = [], [], [], 0
-    for rows in length_buckets(lengths.tolist(), _CALL_OVERHEAD):
-        longest = int(lengths[rows[-1]])
-        inside = np.arange(longest) < lengths[rows, None]
-        padded.append((starts[rows, None] + np.where(inside, np.arange(longest), 0)).ravel())
-        places.append(place + np.flatnonzero(inside))
-        calls.append((len(rows), longest))
-        place += inside.size
-
-    def tensor(values: np.ndarray, dtype: torch.dtype = torch.long) -> Tensor:
-        return torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True)
-
+    distinct, pairs = np.unique(lengths, return_counts=True)
     return Packing(
         lengths,
-        tensor(starts[1:] - 1 if reads_last else starts[:-1]),
-        tensor(starts, torch.int32),
-        tensor(np.concatenate(padded)),
-        tensor(np.concatenate(places)),
-        calls,
+        torch.as_tensor(starts[1:] - 1 if reads_last else starts[:-1]).to(device, non_blocking=True),
+        torch.as_tensor(starts, dtype=torch.int32).to(device, non_blocking=True),
+        list(zip(pairs.tolist(), distinct.tolist(), strict=True)),
     )
+
+
+def places_in_pairs(lengths: np.ndarray) -> np.ndarray:
+    """Of every token of a row, its place in its pair, from 0; shape ``(tokens,)``."""
+    ends = np.cumsum(lengths)
+    places: np.ndarray = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    return places
 
 
 def packed_attention(
@@ -132,7 +111,7 @@ def packed_attention(
         )[0]
         return context, None
     causal = bool(getattr(module, "is_causal", False))
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     return attend(q, k, v, packing, causal, dropout, scaling, sliding_window)[None], None
 
 
@@ -162,41 +141,50 @@ def attend(
     Returns:
         Context, of the shape of ``query``.
     """
-    one_query = len(query) != len(key)
-    if kernel := _kernel(query, dropout, one_query and not causal and window is not None):
-        return _attend_by_kernel(kernel, query, key, value, packing, causal, scaling, window)
-    if query.device.type == "cpu" and query.dtype in (torch.float16, torch.bfloat16):
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        # Norms and rotations leave some of the three in float32.
+        query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
+    if len(query) != len(key) and window is not None:
+        key, value, packing = _within(window, key, value, packing, causal)
+        window = None
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if half and device == "cuda" and query.shape[-1] % 8 == 0 and _kernel_works(query.device):
+        return flash_attention(query, key, value, packing, causal, dropout, scaling, window)
+    if half and device == "cpu":
         # A CPU's fused kernel is faster in float32, backward twice as fast. Autocast would undo that.
         with torch.autocast("cpu", enabled=False):
-            context = _attend_by_calls(
+            context = attend_by_calls(
                 query.float(), key.float(), value.float(), packing, causal, dropout, scaling, window
             )
         return context.to(query.dtype)
-    return _attend_by_calls(query, key, value, packing, causal, dropout, scaling, window)
+    return attend_by_calls(query, key, value, packing, causal, dropout, scaling, window)
 
 
-def _attend_by_calls(
+def attend_by_calls(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     packing: Packing,
-    causal: bool,
-    dropout: float,
-    scaling: float | None,
-    window: int | None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
+    """:func:`attend` on any device; a window is for queries of all tokens."""
     one_query = len(query) != len(key)
-    sizes = [pairs * longest for pairs, longest in packing.calls]
-    counts = [pairs for pairs, _ in packing.calls]
-    queries = torch.split(query, counts) if one_query else torch.split(_spread(query, packing), sizes)
-    keys, values = torch.split(_spread(key, packing), sizes), torch.split(_spread(value, packing), sizes)
+    sizes = [pairs * length for pairs, length in packing.calls]
+    parts = (
+        torch.split(query, [pairs for pairs, _ in packing.calls] if one_query else sizes),
+        torch.split(key, sizes),
+        torch.split(value, sizes),
+    )
     contexts = []
-    for call, states in enumerate(zip(queries, keys, values, strict=True)):
-        q, k, v = (state.view(counts[call], -1, *state.shape[1:]).transpose(1, 2) for state in states)
-        mask = packing.mask(call, window, causal, one_query)
+    for (pairs, length), *states in zip(packing.calls, *parts, strict=True):
+        q, k, v = (state.view(pairs, -1, *state.shape[1:]).transpose(1, 2) for state in states)
+        mask = packing.mask(length, window, causal)
         # The CPU's fused kernel takes no dropout.
-        by_products = query.device.type == "cpu" and dropout > 0 and not causal
-        if by_products and packing.calls[call][1] <= _LONGEST_BY_PRODUCTS:
+        if dropout and not causal and query.device.type == "cpu" and length <= _LONGEST_BY_PRODUCTS:
             context = _attend_by_products(q, k, v, mask, dropout, scaling)
         else:
             context = functional.scaled_dot_product_attention(
@@ -210,8 +198,7 @@ def _attend_by_calls(
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         contexts.append(context.transpose(1, 2).flatten(0, 1))
-    whole = torch.cat(contexts)
-    return whole if one_query else _collect(whole, packing)
+    return torch.cat(contexts)
 
 
 def _attend_by_products(
@@ -221,96 +208,116 @@ def _attend_by_products(
     pairs, heads, queries, size = query.shape
     q, k, v = (states.reshape(pairs * heads, -1, size) for states in (query, key, value))
     bias = q.new_zeros(()) if mask is None else torch.where(mask, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
-    bias = bias.expand(pairs, heads, queries, k.shape[1]).reshape(pairs * heads, queries, -1)
-    products = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=size**-0.5 if scaling is None else scaling)
+    scale = size**-0.5 if scaling is None else scaling
+    products = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
     return torch.bmm(functional.dropout(products.softmax(-1), dropout), v).view(pairs, heads, queries, size)
 
 
-def _spread(states: Tensor, packing: Packing) -> Tensor:
-    """Tokens to their places in the calls, shape ``(places, heads, size)``."""
-    spread: Tensor = _Spread.apply(states, packing.padded, packing.places)  # type: ignore[no-untyped-call]
-    return spread
+def _within(window: int, key: Tensor, value: Tensor, packing: Packing, causal: bool) -> tuple[Tensor, Tensor, Packing]:
+    """Keys and values that the token which is read sees in its window, and their layout."""
+    seen = np.minimum(packing.lengths, window)
+    ends = np.cumsum(packing.lengths)
+    first = ends - (seen if causal else packing.lengths)
+    rows = torch.as_tensor(places_in_pairs(seen) + np.repeat(first, seen), device=key.device)
+    return key[rows], value[rows], make_packing(seen, key.device, reads_last=causal)
 
 
-def _collect(states: Tensor, packing: Packing) -> Tensor:
-    """Tokens back from their places, shape ``(tokens, heads, size)``."""
-    collected: Tensor = _Collect.apply(states, packing.places)  # type: ignore[no-untyped-call]
-    return collected
-
-
-class _Spread(torch.autograd.Function):
-    """Backward reads each token's gradient from its one place.
-
-    What stands on padding is a copy that nothing depends on, so its gradient is zero; plain indexing
-    would still add it up, token by token.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, padded: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return states.index_select(0, padded)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return gradient.index_select(0, places), None, None
-
-
-class _Collect(torch.autograd.Function):
-    """Backward leaves the gradient of padding at zero."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.places = len(states)
-        return states.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        whole = gradient.new_zeros((ctx.places, *gradient.shape[1:]))
-        return whole.index_copy_(0, places, gradient), None
-
-
-def _kernel(query: Tensor, dropout: float, reads_first_in_window: bool) -> Callable[..., Any] | None:
-    """torch's attention over variable lengths, where it can do what is asked."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    # The kernel lines the last query up with the last key, so a window around the first is not its business.
-    if query.device.type != "cuda" or not half or dropout or reads_first_in_window:
-        return None
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
-        return None
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # torch before 2.10
-        return None
-    kernel: Callable[..., Any] = varlen_attn
-    return kernel
-
-
-def _attend_by_kernel(
-    kernel: Callable[..., Any],
+def flash_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     packing: Packing,
-    causal: bool,
-    scaling: float | None,
-    window: int | None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    one_query = len(query) != len(key)
-    longest, before = int(packing.lengths[-1]), -1 if window is None else window - 1
+    """:func:`attend` by torch's flash attention over variable lengths: CUDA, half precision.
+
+    The operation under ``torch.nn.attention.varlen``, which gives it no dropout, and under attention on
+    nested tensors, which gives it no window. It lines the last query up with the last key.
+    """
+    one_query, longest = len(query) != len(key), int(packing.lengths[-1])
     starts = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device) if one_query else packing.starts
-    context: Tensor = kernel(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
+    windows = (
+        {} if window is None else {"window_size_left": window - 1, "window_size_right": 0 if causal else window - 1}
+    )
+    context: Tensor = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
         starts,
         packing.starts,
         1 if one_query else longest,
         longest,
+        dropout,
+        causal and window is None,
+        False,
         scale=scaling,
-        window_size=(before, 0 if causal else before),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+        **windows,
+    )[0]
     return context
+
+
+@cache
+def _kernel_works(device: torch.device) -> bool:
+    """Whether a GPU's kernel does what it should; why not is logged, once."""
+    problem = kernel_problem(flash_attention, device, torch.bfloat16)
+    if problem:
+        logger.warning("attention on %s goes by calls, one for each length: the kernel %s", device, problem)
+    return problem is None
+
+
+def kernel_problem(kernel: Kernel, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """What a kernel does otherwise than :func:`attend_by_calls`, forward or backward, if anything.
+
+    Args:
+        kernel: Takes the arguments of :func:`attend`.
+        device: Where to compare them, on random states.
+        dtype: Of the states; they agree to its rounding, or not at all.
+    """
+    for causal, window, one_query in product((False, True), (None, 9), (False, True)):
+        if one_query and window is not None:
+            continue  # the keys are cut instead
+        what = f"causal {causal}, window {window}, {'one query' if one_query else 'all queries'}"
+        try:
+            wanted, got = (
+                _with_gradients(function, causal, window, one_query, torch.device(device), dtype)
+                for function in (attend_by_calls, kernel)
+            )
+            _with_gradients(kernel, causal, window, one_query, torch.device(device), dtype, dropout=0.1)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            return f"failed ({what}): {' '.join(str(error).split())}"
+        for right, found in zip(wanted, got, strict=True):
+            off = float((found - right).norm() / right.norm())
+            if not off <= 4 * torch.finfo(dtype).eps:
+                return f"is off by {off:.1e} ({what})"
+    return None
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _with_gradients(
+    function: Kernel,
+    causal: bool,
+    window: int | None,
+    one_query: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    dropout: float = 0.0,
+) -> list[Tensor]:
+    """Context and gradients by query, key and value of attention over random states, float32."""
+    lengths, draw = np.array([1, 7, 7, 30, 200]), torch.Generator().manual_seed(0)
+    packing = make_packing(lengths, device, reads_last=causal)
+    queries, tokens, key_heads = (
+        len(lengths) if one_query else int(lengths.sum()),
+        int(lengths.sum()),
+        2 if causal else 4,
+    )
+    shapes = (queries, 4, 32), (tokens, key_heads, 32), (tokens, key_heads, 32)
+    query, key, value = (torch.randn(shape, generator=draw).to(device, dtype).requires_grad_() for shape in shapes)
+    with torch.autocast(device.type, enabled=False):
+        context = function(query, key, value, packing, causal, dropout, None, window)
+        weight = torch.randn(shapes[0], generator=draw).to(device)
+        gradients = torch.autograd.grad((context * weight).sum(), (query, key, value))
+    return [states.detach().float() for states in (context, *gradients)]

@@ -12,21 +12,20 @@ always did.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
-from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
-from lce_trainer.attention import Packing, attend, make_packing, packed_attention
+from lce_trainer.attention import Packing, make_packing, packed_attention, places_in_pairs
 from lce_trainer.collator import length_buckets
-from lce_trainer.loading import POSITIONS_AFTER_PADDING
-from lce_trainer.yes_no import pair_logits
+from lce_trainer.families import DECODERS, FAMILIES
+from lce_trainer.loading import POSITIONS_AFTER_PADDING, longest_input
+from lce_trainer.yes_no import answers_of, pair_logits
 
 logger = logging.getLogger(__name__)
 
@@ -37,57 +36,83 @@ def enable_packing(model: PreTrainedModel, read_only: bool = True) -> bool:
     """Make a model take packed rows besides what it always took.
 
     Args:
-        model: A sequence classifier, not yet wrapped for training.
+        model: A reranker, not yet wrapped for training.
         read_only: Compute of the last layer only what the head reads; False computes it whole.
 
     Returns:
         Whether it can, checked by a comparison of packed and padded scores; the reason why not is
         logged once.
     """
-    if hasattr(model, "get_base_model"):  # with adapters
-        model = model.get_base_model()
+    model = _without_adapters(model)
     kind = model.config.model_type
-    if kind not in _LAYERS or not type(model).__name__.endswith("ForSequenceClassification"):
+    if kind not in FAMILIES or not (_classifies(model) or (kind in DECODERS and answers_of(model))):
         logger.info("%s cannot be packed: padding", type(model).__name__)
         return False
-    if getattr(model.config, "classifier_pooling", "cls") != "cls":
-        logger.info("a head that averages over all tokens cannot be packed: padding")
-        return False
-    if getattr(model.config, "is_decoder", False) and kind not in _DECODERS:
+    if getattr(model.config, "is_decoder", False) and kind not in DECODERS:
         logger.info("a %s model with is_decoder cannot be packed: padding", kind)
         return False
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
     AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
-    before: str = model.config._attn_implementation
-    layers = _layers(model)
+    model._attention_when_padded = model.config._attn_implementation
     model.set_attn_implementation(PACKED_ATTENTION)
-    layers[-1].forward = MethodType(_LAYERS[kind] if read_only else _read_whole_layer, layers[-1])
-    if kind in _DECODERS:
-        model.forward = MethodType(_decoder_forward, model)
+    for module, packed in FAMILIES[kind](model, read_only):
+        module.forward = _Packed(module, packed)
     problem = _self_test(model)
     if problem:
         disable_packing(model)
-        model.set_attn_implementation(before)
         logger.warning("this %s model cannot be packed, %s: padding", kind, problem)
     return not problem
 
 
 def packs(model: PreTrainedModel) -> bool:
     """Whether :func:`enable_packing` has made this model take packed rows."""
-    return bool(model.config._attn_implementation == PACKED_ATTENTION)
+    model = _without_adapters(model)
+    by_config = model.config._attn_implementation == PACKED_ATTENTION
+    # A config can be shared with a model that was never enabled.
+    return by_config and any(_is_packed(module) for module in model.modules())
 
 
 def disable_packing(model: PreTrainedModel) -> None:
     """Undo :func:`enable_packing`, if it was done."""
+    model = _without_adapters(model)
     if not packs(model):
         return
-    for patched in (_layers(model)[-1], model):
-        patched.__dict__.pop("forward", None)
-    model.set_attn_implementation("sdpa")
+    for module in filter(_is_packed, model.modules()):
+        del module.forward
+    model.set_attn_implementation(model._attention_when_padded)
+
+
+class _Packed:
+    """A module's forward for packed rows; without a packing, its class's own. Can be copied and pickled."""
+
+    def __init__(self, module: nn.Module, packed: Callable[..., Any]) -> None:
+        self.module = module
+        self.packed = packed
+
+    def __call__(self, *args: Any, packing: Packing | None = None, **kwargs: Any) -> Any:
+        if packing is None:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return self.packed(self.module, *args, packing=packing, **kwargs)
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("forward"), _Packed)
+
+
+def _without_adapters(model: PreTrainedModel) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _classifies(model: PreTrainedModel) -> bool:
+    return type(model).__name__.endswith("ForSequenceClassification")
 
 
 def packed_scores(
-    model: nn.Module, tensors: Mapping[str, Tensor], lengths: Sequence[int], config: PreTrainedConfig
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    lengths: Sequence[int],
+    config: PreTrainedConfig,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Logit of each pair of a padded batch, by one packed forward pass.
 
@@ -97,24 +122,40 @@ def packed_scores(
             padded on the right.
         lengths: Tokens of each pair.
         config: The model's.
+        device: Where the model is; where the tensors are if None.
 
     Returns:
         Shape ``(pairs,)``.
     """
+    device = tensors["input_ids"].device if device is None else device
     pairs = len(lengths)
-    if filler := _filler(sum(lengths), tensors["input_ids"]):
+    if device.type == "cpu" and (filler := _filler(sum(lengths), tensors["input_ids"].shape[1])):
         tensors = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in tensors.items()}
         lengths = [*lengths, filler]
-    packed, order = pack_pairs(tensors, lengths, config)
+    packed, order = pack_pairs(tensors, lengths, config, device)
+    back = torch.as_tensor(np.argsort(order)[:pairs]).to(device, non_blocking=True)
     logits: Tensor = model(**packed).logits[:, 0]
-    return logits[torch.as_tensor(np.argsort(order)[:pairs], device=logits.device)]
+    return logits[back]
 
 
-def batch_scores(model: nn.Module, tensors: Mapping[str, Tensor], unwrapped: PreTrainedModel) -> Tensor:
-    """Logit of each pair of a padded batch with its ``attention_mask``, packed if the model can; shape ``(pairs,)``."""
+def batch_scores(
+    model: nn.Module, tensors: Mapping[str, Tensor], unwrapped: PreTrainedModel, device: torch.device
+) -> Tensor:
+    """Logit of each pair of a padded batch, packed if the model can.
+
+    Args:
+        model: The reranker; it may be wrapped for training.
+        tensors: Its inputs, ``attention_mask`` among them, on the host, where packing waits for no device.
+        unwrapped: The reranker itself.
+        device: Its.
+
+    Returns:
+        Shape ``(pairs,)``.
+    """
     if packs(unwrapped):
-        return packed_scores(model, tensors, tensors["attention_mask"].sum(dim=1).tolist(), unwrapped.config)
-    return pair_logits(model, tensors, unwrapped)
+        lengths = tensors["attention_mask"].sum(dim=1).tolist()
+        return packed_scores(model, tensors, lengths, unwrapped.config, device)
+    return pair_logits(model, send_to_device(tensors, device), unwrapped)
 
 
 def padded_scores(
@@ -151,7 +192,7 @@ def padded_scores(
 
 
 def pack_pairs(
-    tensors: Mapping[str, Tensor], lengths: Sequence[int], config: PreTrainedConfig
+    tensors: Mapping[str, Tensor], lengths: Sequence[int], config: PreTrainedConfig, device: torch.device
 ) -> tuple[dict[str, Any], np.ndarray]:
     """A padded batch as one packed row.
 
@@ -160,6 +201,7 @@ def pack_pairs(
             padded on the right.
         lengths: Tokens of each pair.
         config: Of the model.
+        device: Where the row is to be.
 
     Returns:
         The model's inputs, each of shape ``(1, tokens)``, with the ``packing``; and the order of
@@ -167,159 +209,57 @@ def pack_pairs(
     """
     sizes = np.asarray(lengths)
     order = np.argsort(sizes, kind="stable")
-    device, width = tensors["input_ids"].device, tensors["input_ids"].shape[1]
-    packing = make_packing(sizes[order], device, reads_last=config.model_type in _DECODERS)
-    position = np.concatenate([np.arange(size) for size in sizes[order]])
-    flat = torch.as_tensor(position + np.repeat(order * width, sizes[order]), device=device)
+    held, width = tensors["input_ids"].device, tensors["input_ids"].shape[1]
+    packing = make_packing(sizes[order], device, reads_last=config.model_type in DECODERS)
+    position = places_in_pairs(sizes[order])
+    flat = torch.as_tensor(position + np.repeat(order * width, sizes[order])).to(held, non_blocking=True)
     inputs: dict[str, Any] = {
-        name: tensor.reshape(-1)[flat][None] for name, tensor in tensors.items() if name != "attention_mask"
+        name: tensor.reshape(-1)[flat][None].to(device, non_blocking=True)
+        for name, tensor in tensors.items()
+        if name != "attention_mask"
     }
     first = config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
-    inputs["position_ids"] = torch.as_tensor(position + first, device=device)[None]
+    inputs["position_ids"] = torch.as_tensor(position + first)[None].to(device, non_blocking=True)
     # A mask of four dimensions is taken for a finished one, so none of tokens x tokens is made.
     inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
-    if config.model_type in _DECODERS:
+    if config.model_type in DECODERS:
         inputs["use_cache"] = False
     return {**inputs, "packing": packing}, order
 
 
-def _filler(tokens: int, input_ids: Tensor) -> int:
+def _filler(tokens: int, longest: int) -> int:
     """Tokens of one more pair, whose logit nobody reads, that make row lengths repeat on a CPU; 0 if none is needed.
 
     oneDNN's and PyTorch's caches keep what they compiled for each of the last 1024 shapes, and glibc's heap is
     torn by buffers of ever new sizes, so memory grows with every new row length: 1.8 GB instead of 1.2 GB after
     150 steps. Rows of 1024 tokens and more get 32 lengths an octave, 1.6 % of tokens on average.
     """
-    if input_ids.device.type != "cpu" or tokens < 1024:
-        return 0
-    return -tokens % min(1 << (tokens.bit_length() - 6), input_ids.shape[1])
-
-
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer layers of a sequence classifier."""
-    base = model.base_model
-    found = getattr(base, "encoder", None) or getattr(base, "transformer", None) or base
-    layers: nn.ModuleList = found.layers if hasattr(found, "layers") else found.layer
-    return layers
+    return 0 if tokens < 1024 else -tokens % min(1 << (tokens.bit_length() - 6), longest)
 
 
 @torch.no_grad()
 def _self_test(model: PreTrainedModel) -> str | None:
-    """What is wrong with the packed scores of four made-up pairs, if anything."""
-    lengths = [3, 9, 9, 14]
-    config, device = model.config, model.device
-    real = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    """What is wrong with the packed scores of made-up pairs, if anything."""
+    config = model.config
+    longest = min(140, longest_input(model) or 140)  # more tokens than a window has
+    lengths = [3, 9, 9, longest]
+    real = np.arange(longest) < np.array(lengths)[:, None]
     pad = config.pad_token_id or 0
-    words = np.random.default_rng(0).integers(min(pad + 1, config.vocab_size - 1), config.vocab_size, real.shape)
+    words = np.random.default_rng(0).choice(np.delete(np.arange(config.vocab_size), pad), real.shape)
     inputs = {
-        "input_ids": torch.as_tensor(np.where(real, words, pad), device=device),
-        "attention_mask": torch.as_tensor(real.astype(np.int64), device=device),
+        "input_ids": torch.as_tensor(np.where(real, words, pad)),
+        "attention_mask": torch.as_tensor(real.astype(np.int64)),
     }
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        padded = model(**inputs).logits[:, 0]
-        packed = packed_scores(model, inputs, lengths, config)
+        padded = pair_logits(model, send_to_device(inputs, model.device), model)
+        packed = packed_scores(model, inputs, lengths, config, model.device)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         return f"the packed forward failed ({' '.join(str(error).split())})"
     finally:
         for module in training:
             module.training = True
     difference, size = float((packed - padded).abs().max()), float(padded.abs().max())
-    allowed = 1e-5 + 1e-3 * size if packed.dtype.itemsize >= 4 else 0.05 + 0.05 * size
+    allowed = 1e-5 + 1e-3 * size if model.dtype.itemsize >= 4 else 0.02 + 0.05 * size
     return None if difference <= allowed else f"its scores would differ by {difference:.1e}"
-
-
-def _read_whole_layer(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The last layer of any family, computed whole; what is read of it, shape ``(pairs, 1, width)``."""
-    out: Tensor = type(layer).forward(layer, hidden_states, *args, **kwargs)
-    packing = kwargs.get("packing")
-    return out if packing is None else out[0, packing.read][:, None]
-
-
-def _read_layer(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The last layer of a family, of what is read alone, shape ``(pairs, 1, width)``."""
-
-    def forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("packing") is None:
-            return _read_whole_layer(layer, hidden_states, *args, **kwargs)
-        return compute(layer, hidden_states, **kwargs)[:, None]
-
-    return forward
-
-
-def _bert_layer(layer: Any, hidden_states: Tensor, packing: Packing, **_: Any) -> Tensor:
-    """Of BERT, RoBERTa or ELECTRA."""
-    attention = layer.attention.self
-    context, read = _read_attention(attention, attention.query, attention.key, attention.value, hidden_states, packing)
-    scored: Tensor = layer.feed_forward_chunk(layer.attention.output(context, read))
-    return scored
-
-
-def _distilbert_layer(layer: Any, hidden_states: Tensor, packing: Packing, **_: Any) -> Tensor:
-    attention = layer.attention
-    context, read = _read_attention(
-        attention, attention.q_lin, attention.k_lin, attention.v_lin, hidden_states, packing
-    )
-    attended = layer.sa_layer_norm(attention.out_lin(context) + read)
-    scored: Tensor = layer.output_layer_norm(layer.ffn(attended) + attended)
-    return scored
-
-
-def _read_attention(
-    attention: Any, query: nn.Module, key: nn.Module, value: nn.Module, hidden_states: Tensor, packing: Packing
-) -> tuple[Tensor, Tensor]:
-    """Context of the tokens that are read, and their states, shape ``(pairs, width)``."""
-    tokens, read = hidden_states[0], hidden_states[0, packing.read]
-    q, k, v = (
-        states.view(len(states), -1, attention.attention_head_size)
-        for states in (query(read), key(tokens), value(tokens))
-    )
-    dropout = attention.dropout.p if attention.training else 0.0
-    return attend(q, k, v, packing, dropout=dropout, scaling=attention.scaling).flatten(1), read
-
-
-def _modernbert_layer(
-    layer: Any, hidden_states: Tensor, packing: Packing, position_embeddings: tuple[Tensor, Tensor], **_: Any
-) -> Tensor:
-    attention = layer.attn
-    # One matrix makes queries, keys and values, so queries are made of all tokens.
-    states = attention.Wqkv(layer.attn_norm(hidden_states)).unflatten(-1, (3, -1, attention.head_dim))
-    query, key, value = states.unbind(2)
-    query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
-    context = attend(
-        query[0, packing.read],
-        key[0],
-        value[0],
-        packing,
-        dropout=attention.attention_dropout if layer.training else 0.0,
-        scaling=attention.head_dim**-0.5,
-        window=attention.sliding_window,
-    )
-    read = hidden_states[0, packing.read] + attention.out_drop(attention.Wo(context.flatten(1)))
-    scored: Tensor = read + layer.mlp(layer.mlp_norm(read))
-    return scored
-
-
-def _decoder_forward(model: Any, *args: Any, packing: Packing | None = None, **kwargs: Any) -> Any:
-    """A decoder's forward; its own head would look for one last token in a packed row."""
-    if packing is None:
-        return type(model).forward(model, *args, **kwargs)
-    hidden = model.base_model(*args, packing=packing, **kwargs).last_hidden_state
-    return SequenceClassifierOutput(logits=model.score(hidden)[:, 0])
-
-
-_LAYERS: dict[str, Callable[..., Tensor]] = {
-    "bert": _read_layer(_bert_layer),
-    "roberta": _read_layer(_bert_layer),
-    "xlm-roberta": _read_layer(_bert_layer),
-    "camembert": _read_layer(_bert_layer),
-    "electra": _read_layer(_bert_layer),
-    "distilbert": _read_layer(_distilbert_layer),
-    "modernbert": _read_layer(_modernbert_layer),
-    "qwen3": _read_whole_layer,
-    "qwen2": _read_whole_layer,
-    "llama": _read_whole_layer,
-    "mistral": _read_whole_layer,
-}
-_DECODERS = {"qwen3", "qwen2", "llama", "mistral"}

@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lce_trainer.errors import TrainingError
@@ -130,7 +129,7 @@ class Reranker:
                 share the pairs were given different ones.
         """
         return score_pairs(
-            lambda batch: batch_scores(self.model, send_to_device(batch, self.model.device), self.model),
+            lambda batch: batch_scores(self.model, batch, self.model, self.model.device),
             self.tokenizer,
             pairs,
             self.max_length,

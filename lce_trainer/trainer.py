@@ -117,8 +117,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         self.add_callback(self.stream_watch)
         default = 256 if args.device.type == "cpu" else 16384
         if args.packing == "auto":
-            with self.accelerator.autocast():
-                enable_packing(self.model)
+            enable_packing(self.model)
         self._bucket_overhead: int = default if args.bucket_overhead is None else args.bucket_overhead
         shard_by_layer(self.accelerator, self.model)
         if in_lockstep(self.accelerator):
@@ -328,7 +327,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
     def _score_pairs(self, model: nn.Module, pairs: list[tuple[str, str]], description: str) -> np.ndarray:
         """Raw logits, shape ``(pairs,)``, the same on every rank."""
         return score_pairs(
-            lambda batch: batch_scores(model, self._prepare_inputs(batch), self.model),
+            lambda batch: batch_scores(model, batch, self.model, self.args.device),
             self.processing_class,
             pairs,
             self.args.max_length,

@@ -65,6 +65,26 @@ def pair_logits(model: nn.Module, inputs: Mapping[str, Tensor], unwrapped: PreTr
             position_ids=position_ids,
             logits_to_keep=1,
         ).logits[:, -1]
+    return _difference(logits, answers)
+
+
+def answer_scores(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Score of each pair from the last layer's state at its last token.
+
+    Args:
+        model: A language model that answers yes or no.
+        states: Shape ``(pairs, width)``.
+
+    Returns:
+        Shape ``(pairs,)``, as of :func:`pair_logits`.
+    """
+    head, answers = model.get_output_embeddings(), answer_ids(model.config) or ()
+    with _only_rows(head, answers):
+        return _difference(head(states), answers)
+
+
+def _difference(logits: Tensor, answers: Sequence[int]) -> Tensor:
+    """logit(yes) - logit(no), or logit(yes) if that is the only answer, of logits of these rows or of all."""
     chosen = range(len(answers)) if logits.shape[-1] == len(answers) else answers
     scores = logits[:, chosen[0]]
     return scores - logits[:, chosen[1]] if len(answers) > 1 else scores

@@ -43,7 +43,7 @@ LEARNING |= {
     "scoring",
     "streaming",
 }
-LEARNING |= {"attention", "packing", "token_ids"}
+LEARNING |= {"attention", "families", "packing", "token_ids"}
 SHARING = {"cards", "hub"}
 TOP = {"run", "fit", "stages", "cli", "__init__"}
 

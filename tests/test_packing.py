@@ -1,11 +1,16 @@
 """Packed and padded, whole and read-only last layers: one function, in float64, for every family."""
 
+import copy
 import logging
+import pickle
+from itertools import pairwise
 
 import pytest
 import torch
 from conftest import WORDS, build_model
+from torch.nn import functional
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     CamembertConfig,
@@ -22,9 +27,10 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from lce_trainer.attention import attend, make_packing
-from lce_trainer.packing import _filler, disable_packing, enable_packing, pack_pairs
+from lce_trainer.attention import Packing, attend, attend_by_calls, flash_attention, kernel_problem, make_packing
+from lce_trainer.packing import _filler, disable_packing, enable_packing, pack_pairs, packs
 from lce_trainer.packing import packed_scores as scores_of
+from lce_trainer.yes_no import note_answers, pair_logits
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 SMALL |= {"max_position_embeddings": 64, "num_labels": 1, "pad_token_id": 0}
@@ -69,6 +75,16 @@ CONFIGS = {
         bos_token_id=2,
         eos_token_id=3,
     ),
+    "modernbert, mean": ModernBertConfig(
+        **SMALL,
+        local_attention=8,
+        global_attn_every_n_layers=2,
+        classifier_pooling="mean",
+        cls_token_id=2,
+        sep_token_id=3,
+        bos_token_id=2,
+        eos_token_id=3,
+    ),
     "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8),
     "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
     "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
@@ -79,7 +95,7 @@ LENGTHS = [7, 30, 3, 12, 12, 29, 1, 30]
 
 def make_model(family: str, dtype: torch.dtype = torch.float64):
     torch.manual_seed(3)
-    model = AutoModelForSequenceClassification.from_config(CONFIGS[family], dtype=dtype).eval()
+    model = AutoModelForSequenceClassification.from_config(copy.deepcopy(CONFIGS[family]), dtype=dtype).eval()
     with torch.no_grad():  # so that scores differ, and a wrong token shows
         for parameter in model.parameters():
             parameter.mul_(3) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
@@ -98,7 +114,7 @@ def make_batch(model) -> dict[str, torch.Tensor]:
 
 
 def packed_scores(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    assert pack_pairs(batch, LENGTHS, model.config)[0]["input_ids"].shape == (1, sum(LENGTHS))
+    assert pack_pairs(batch, LENGTHS, model.config, model.device)[0]["input_ids"].shape == (1, sum(LENGTHS))
     return scores_of(model, batch, LENGTHS, model.config)
 
 
@@ -123,6 +139,71 @@ def test_packed_logits_and_gradients_are_the_padded_ones(family, read_only):
     assert got.keys() == wanted.keys()
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("read_only", [True, False], ids=["read only", "whole last layer"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "mistral, sliding"])
+def test_a_packed_language_model_answers_as_a_padded_one(family, read_only):
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=torch.float64).eval()
+    assert not enable_packing(model)  # nothing says how it answers
+    note_answers(model.config, [7, 9])
+    batch = make_batch(model)
+    padded = pair_logits(model, batch, model)
+    wanted = gradients(model, padded)
+    assert enable_packing(model, read_only)
+    packed = packed_scores(model, batch)
+    assert padded.std() > 1e-3
+    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-9)
+    got = gradients(model, packed)
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert", "modernbert, mean", "qwen3"])
+def test_a_copy_packs_by_itself(family, copied):
+    model = make_model(family)
+    batch = make_batch(model)
+    assert enable_packing(model)
+    again = copied(model)
+    with torch.no_grad():
+        before = packed_scores(model, batch)
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert packs(again)
+        torch.testing.assert_close(packed_scores(again, batch), before, rtol=0, atol=1e-12)
+
+
+def test_a_model_that_shares_its_config_with_one_that_packs_is_padded():
+    model = make_model("bert")
+    assert enable_packing(model)
+    assert packs(model) and not packs(type(model)(model.config))
+    disable_packing(model)
+    assert not packs(model)
+
+
+def test_undone_a_model_attends_as_before():
+    model = make_model("bert")
+    model.set_attn_implementation("eager")
+    assert enable_packing(model)
+    disable_packing(model)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_layers_that_are_watched_are_called(family):
+    model = make_model(family)
+    batch = make_batch(model)
+    assert enable_packing(model)
+    before = packed_scores(model, batch)
+    calls = []
+    names = ("query", "key", "value", "q_lin", "k_lin", "v_lin")
+    for name, module in model.named_modules():
+        if name.endswith(names):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    torch.testing.assert_close(packed_scores(model, batch), before, rtol=0, atol=1e-12)
+    assert len(calls) == len(set(calls)) == 9
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -188,12 +269,11 @@ def test_a_long_row_is_filled_up_and_the_filler_changes_nothing(family):
 
 
 def test_long_rows_have_few_lengths_and_little_filler():
-    ids = torch.zeros(1, 256)
-    filled = {tokens: tokens + _filler(tokens, ids) for tokens in range(1, 8193)}
+    filled = {tokens: tokens + _filler(tokens, 256) for tokens in range(1, 8193)}
     assert all(filled[tokens] == tokens for tokens in range(1, 1025))
     assert all(size < tokens * (1 + 1 / 32) for tokens, size in filled.items())
     assert len({size for tokens, size in filled.items() if tokens > 1024}) == 3 * 32
-    assert _filler(100_001, torch.zeros(1, 48)) < 48  # no longer than a pair may be
+    assert _filler(100_001, 48) < 48  # no longer than a pair may be
 
 
 def test_dropout_acts_in_a_packed_row():
@@ -216,6 +296,79 @@ def test_attention_by_calls_is_attention_pair_by_pair():
         wanted.append(torch.einsum("hqk,khd->qhd", weights, v))
     torch.testing.assert_close(attend(query, key, value, packing), torch.cat(wanted), rtol=0, atol=1e-12)
     assert len(packing.calls) < len(lengths)
+
+
+def by_pair(query, key, value, packing: Packing, causal=False, dropout=0.0, scaling=None, window=None):
+    """Attention as its definition has it, pair by pair and head by head."""
+    contexts, starts = [], packing.starts.tolist()
+    for pair, (start, end) in enumerate(pairwise(starts)):
+        rows = slice(pair, pair + 1) if len(query) != len(key) else slice(start, end)
+        place = torch.arange(end - start, device=query.device)
+        mine = place[-(rows.stop - rows.start) :] if causal else place[: rows.stop - rows.start]
+        distance = mine[:, None] - place
+        seen = torch.ones_like(distance, dtype=torch.bool) if window is None else distance.abs() < window
+        if causal:
+            seen = seen & (distance >= 0)
+        heads = []
+        for head in range(query.shape[1]):
+            shared = head * key.shape[1] // query.shape[1]
+            products = query[rows, head] @ key[start:end, shared].T * (scaling or query.shape[2] ** -0.5)
+            weights = products.masked_fill(~seen, -torch.inf).softmax(-1)
+            heads.append(functional.dropout(weights, dropout) @ value[start:end, shared])
+        contexts.append(torch.stack(heads, 1))
+    return torch.cat(contexts)
+
+
+def test_a_kernel_is_checked_against_attention_by_calls():
+    def forgets_its_window(*states, window=None):
+        return by_pair(*states[:-1], None)
+
+    def takes_no_dropout(query, key, value, packing, causal, dropout, scaling, window):
+        if dropout:
+            raise TypeError("no dropout here")
+        return by_pair(query, key, value, packing, causal, dropout, scaling, window)
+
+    def goes_back_wrongly(query, key, value, *rest):
+        return by_pair(query, key.detach() + 0 * key, value, *rest)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert kernel_problem(by_pair, "cpu", dtype) is None
+        assert kernel_problem(attend_by_calls, "cpu", dtype) is None
+    assert "is off by" in kernel_problem(forgets_its_window, "cpu", torch.bfloat16)
+    assert "window 9" in kernel_problem(forgets_its_window, "cpu", torch.bfloat16)
+    assert "is off by" in kernel_problem(goes_back_wrongly, "cpu", torch.bfloat16)
+    assert "failed (causal False, window None, all queries): no dropout here" in kernel_problem(
+        takes_no_dropout, "cpu", torch.bfloat16
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is CUDA's")
+def test_the_kernel_of_a_gpu_attends_as_calls_do():
+    assert kernel_problem(flash_attention, "cuda", torch.bfloat16) is None
+    assert kernel_problem(flash_attention, "cuda", torch.float16) is None
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+def test_attention_sees_its_window_and_what_is_before_it(window, causal):
+    torch.manual_seed(0)
+    lengths = torch.tensor([1, 9, 9, 12, 40]).numpy()
+    packing = make_packing(lengths, "cpu", reads_last=causal)
+    states = torch.randn(3, int(lengths.sum()), 2, 8, dtype=torch.float64)
+    for query in (states[0], states[0][packing.read]):
+        given = (query, *states[1:], packing, causal, 0.0, 0.3, window)
+        torch.testing.assert_close(attend(*given), by_pair(*given), rtol=0, atol=1e-12)
+
+
+def test_under_autocast_all_states_have_its_precision():
+    torch.manual_seed(0)
+    lengths = torch.tensor([3, 9]).numpy()
+    packing = make_packing(lengths, "cpu")
+    query, key, value = torch.randn(3, 12, 2, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = attend(query, key, value.bfloat16(), packing)
+        assert torch.equal(mixed, attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), packing))
+    assert mixed.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -251,9 +404,6 @@ def test_attention_with_dropout_keeps_its_mean():
     [
         DebertaV2Config(**SMALL, **STILL, relative_attention=True, pos_att_type=["p2c", "c2p"]),
         MPNetConfig(**SHIFTED),
-        ModernBertConfig(
-            **SMALL, classifier_pooling="mean", cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3
-        ),
     ],
     ids=lambda config: config.model_type,
 )
