@@ -65,16 +65,20 @@ def _whole_layer(layer: nn.Module, hidden_states: Tensor, *args: Any, packing: P
 
 def _project(states: Tensor, layers: Sequence[Any], size: int) -> Sequence[Tensor]:
     """What linear layers make of all states, by heads, each of shape ``(tokens, heads, size)``."""
-    if all(type(layer) is nn.Linear and not _is_watched(layer) for layer in layers):
+    if _are_plain(*layers):
         weight = torch.cat([layer.weight for layer in layers])
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
         return functional.linear(states, weight, bias).view(len(states), len(layers), -1, size).unbind(1)
     return [layer(states).unflatten(1, (-1, size)) for layer in layers]
 
 
-def _is_watched(layer: nn.Linear) -> bool:
-    """Whether somebody counts on the layer itself being called, as DeepSpeed does to gather its weights."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+def _are_plain(*layers: nn.Module) -> bool:
+    """Whether these are linear layers, and nobody counts on their being called, as DeepSpeed does to gather weights."""
+    return all(
+        type(layer) is nn.Linear
+        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+        for layer in layers
+    )
 
 
 def _bert_attention(attention: Any, hidden_states: Tensor, *_: Any, packing: Packing, **__: Any) -> tuple[Tensor, None]:
@@ -117,10 +121,48 @@ def _read_attention(
     """Context of the tokens that are read, and their states, shape ``(pairs, width)``."""
     tokens = hidden_states.squeeze(0)
     read, size = tokens[packing.read], attention.attention_head_size
-    q = query(read).unflatten(1, (-1, size))
-    k, v = _project(tokens, (key, value), size)
     dropout = attention.dropout.p if attention.training else 0.0
+    q = query(read).view(len(read), -1, size)
+    if tokens.device.type == "cpu" and _are_plain(key, value):
+        return _attend_to_states(q, key, value, tokens, packing, dropout, attention.scaling).flatten(1), read
+    k, v = _project(tokens, (key, value), size)
     return attend(q, k, v, packing, dropout=dropout, scaling=attention.scaling).flatten(1), read
+
+
+def _attend_to_states(
+    query: Tensor, key: nn.Linear, value: nn.Linear, tokens: Tensor, packing: Packing, dropout: float, scaling: float
+) -> Tensor:
+    """Attention of one query a pair to its tokens, without a key or value being made of each.
+
+    A query's product with ``W x + b`` is that of ``query W`` with ``x``, and a constant; and a mean of
+    ``W x + b`` is ``W`` of the mean of ``x``, and ``b``. Exact but for the order of sums.
+
+    Args:
+        query: Shape ``(pairs, heads, size)``.
+        key: What would make keys of states.
+        value: What would make values of them.
+        tokens: States of all tokens, shape ``(tokens, width)``.
+        packing: Their layout.
+        dropout: Of attention weights.
+        scaling: Of the products.
+
+    Returns:
+        Context, shape ``(pairs, heads, size)``.
+    """
+    heads, size = query.shape[1:]
+    of_key, of_value = (layer.weight.view(heads, size, -1) for layer in (key, value))
+    asked = torch.einsum("phs,hsw->phw", query * scaling, of_key)
+    # Cancels in the softmax, but who waits for every parameter's gradient, as DDP does, waits for this one's.
+    constant = (query * scaling * key.bias.view(heads, size)).sum(-1, keepdim=True)
+    means, totals = [], []
+    counts, sizes = [pairs for pairs, _ in packing.calls], [pairs * length for pairs, length in packing.calls]
+    parts = torch.split(asked, counts), torch.split(constant, counts), torch.split(tokens, sizes)
+    for part, same, rows in zip(*parts, strict=True):
+        states = rows.view(len(part), -1, rows.shape[1])
+        weights = functional.dropout((part @ states.transpose(1, 2) + same).softmax(-1), dropout)
+        means.append(weights @ states)
+        totals.append(weights.sum(-1, keepdim=True))
+    return torch.einsum("phw,hsw->phs", torch.cat(means), of_value) + torch.cat(totals) * value.bias.view(heads, size)
 
 
 def _modernbert_layer(
