@@ -3,19 +3,24 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from lce_trainer.pair_template import pair_template
 from lce_trainer.training_args import LCETrainingArguments
 
 logger = logging.getLogger(__name__)
+
+# Groups tokenized at once: what a tokenizer makes of whole long texts is many times their size.
+_BATCH = 64
 
 # Ids of each pair, for each of the tokenizer's inputs.
 Encoded: TypeAlias = Mapping[str, Sequence[Sequence[int] | np.ndarray]]
@@ -130,7 +135,8 @@ def token_ids(
 ) -> TokenIds | None:
     """Token ids of all groups if ``args.pretokenize`` asks for them, in the cache of ``datasets``; else None.
 
-    Made by one process of a machine, and reused by every run with the same groups and tokenizer.
+    Made by one process of a machine, and reused by every run with the same texts and tokenizer, however its groups
+    were made.
     """
     wanted = args.device.type != "cpu" if args.pretokenize is None else args.pretokenize
     if not wanted:
@@ -151,18 +157,34 @@ def token_ids(
             "passages": [[ids[text] for text in texts] for texts in batch["passages"]],
         }
 
-    of = json.dumps([groups._fingerprint, backend.to_str(), args.max_length])
+    columns = groups.select_columns(["query", "passages"])
+    # Not the dataset's own fingerprint: groups converted anew, by each rank or run, would have another one.
+    of = json.dumps([Hasher.hash_bytes(_content(columns)), backend.to_str(), args.max_length])
     key = hashlib.sha256(of.encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lce_trainer"
     folder.mkdir(parents=True, exist_ok=True)
     with args.main_process_first(desc="tokenizing"):
         return TokenIds(
-            groups.select_columns(["query", "passages"]).map(
+            columns.map(
                 encode,
                 batched=True,
+                batch_size=_BATCH,
                 features=_FEATURES,
                 cache_file_name=str(folder / f"token-ids-{key}.arrow"),
                 new_fingerprint=key,
                 desc="tokenizing",
             )
         )
+
+
+def _content(columns: datasets.Dataset) -> Iterator[Any]:
+    """Lengths and bytes of all queries and passages: the same for the same texts, wherever they lie in memory."""
+    for batch in columns.with_format("arrow").iter(_BATCH):
+        passages = batch["passages"].combine_chunks()
+        yield passages.value_lengths().to_numpy()
+        for texts in (batch["query"].combine_chunks(), passages.flatten()):
+            lengths = pc.binary_length(texts).to_numpy()
+            yield lengths
+            if lengths.any():  # or there may be no buffers
+                start = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset]
+                yield texts.buffers()[2][start : start + lengths.sum()]

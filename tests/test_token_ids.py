@@ -1,6 +1,12 @@
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
@@ -9,6 +15,7 @@ from tiny_models import FAMILIES, tiny_config, tiny_tokenizer
 from torch.utils.data import DataLoader
 
 from lce_trainer.collator import GroupCollator
+from lce_trainer.conversion import to_groups
 from lce_trainer.pair_template import settle_template
 from lce_trainer.sampling import EpochGroups, GroupSampler
 from lce_trainer.streaming import training_rows
@@ -94,6 +101,60 @@ def test_groups_are_tokenized_once_for_a_tokenizer_and_a_length(tmp_path, cache)
     token_ids(some_groups(), build_tokenizer(), settings(tmp_path, pretokenize=True, max_length=16))
     token_ids(some_groups().select([3, 1]), build_tokenizer(), args)
     assert len(files()) == 4 and first.items() <= files().items()
+
+
+TRIPLETS = {"anchor": ["what", "why"], "positive": ["moon", "tree"], "negative": ["snow", "stone river"]}
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_token_ids import TRIPLETS, build_tokenizer, settings, to_groups, token_ids, Dataset
+token_ids(to_groups(Dataset.from_dict(TRIPLETS))[0], build_tokenizer(), settings({out!r}, pretokenize=True))
+"""
+
+
+def test_groups_converted_anew_by_each_process_share_their_file(tmp_path, cache):
+    def convert() -> None:
+        rows = to_groups(Dataset.from_dict(TRIPLETS))[0]
+        ids = token_ids(rows, build_tokenizer(), settings(tmp_path, pretokenize=True)).take([1])
+        assert [len(text) for text in ids[0][1]] == [1, 2]
+
+    tests = Path(__file__).parent
+    script = SCRIPT.format(tests=str(tests), out=str(tmp_path))
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache.parent), "PYTHONPATH": str(tests.parent)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+    (made,) = cache.iterdir()
+    at = made.stat().st_mtime_ns
+    convert()
+    convert()
+    assert list(cache.iterdir()) == [made] and made.stat().st_mtime_ns == at
+
+
+def test_the_same_texts_share_a_file_wherever_they_lie_and_others_do_not(tmp_path, cache):
+    def files_of(rows: Dataset) -> int:
+        token_ids(rows, build_tokenizer(), settings(tmp_path, pretokenize=True))
+        return len(list(cache.glob("*.arrow")))
+
+    rows = some_groups()
+    assert files_of(rows) == 1
+    assert files_of(rows.select(range(12)[::-1]).select(range(12)[::-1])) == 1
+    parts = datasets.concatenate_datasets([rows.select(range(5)), rows.select(range(5, 12))])
+    assert files_of(parts) == 1
+    assert files_of(rows.select(range(3))) == 2
+    assert files_of(Dataset.from_list(rows.to_list()[:3])) == 2
+    # The same letters, cut into texts and groups in another way.
+    texts = {"query": ["a", "b"], "passages": [["tree", "", "snow"], ["moon"]]}
+    assert files_of(Dataset.from_dict(texts)) == 3
+    assert files_of(Dataset.from_dict({**texts, "passages": [["tree", "sno", "w"], ["moon"]]})) == 4
+    assert files_of(Dataset.from_dict({**texts, "passages": [["tree", ""], ["snow", "moon"]]})) == 5
+    assert files_of(Dataset.from_dict({**texts, "query": ["ab", ""]})) == 6
+
+
+def test_few_groups_are_tokenized_at_once(tmp_path, cache):
+    rows = some_groups().select(np.arange(200) % 12)
+    token_ids(rows, build_tokenizer(), settings(tmp_path, pretokenize=True))
+    (file,) = cache.iterdir()
+    with pa.memory_map(str(file)) as source:
+        assert max(batch.num_rows for batch in pa.ipc.open_stream(source)) <= 64
 
 
 def test_a_long_text_is_kept_as_far_as_a_pair_can_hold_it(tmp_path):
