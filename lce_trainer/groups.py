@@ -2,8 +2,9 @@
 
 One row is one query with its passages: ``query_id``, ``query``, ``passage_ids``, ``passages``,
 ``labels`` (above 0 is positive; grades allowed) and ``scores`` (the judge's, may be null).
-Lists are ragged and positives come first. ``query, passages, labels`` is what
-sentence-transformers calls a labeled list.
+Lists are ragged. What this package makes has positives first, and hard negatives before easy ones;
+groups given to it keep their order. ``query, passages, labels`` is what sentence-transformers calls
+a labeled list.
 """
 
 import logging
@@ -93,24 +94,25 @@ def check_groups(groups: datasets.Dataset, name: str = "") -> datasets.Dataset:
 
 
 def validate_groups(groups: datasets.Dataset) -> tuple[datasets.Dataset, dict[str, int]]:
-    """Check the schema, put positives first, and drop groups that teach nothing.
+    """Check the schema, and drop groups that teach nothing.
 
     Args:
         groups: Rows with at least ``query``, ``passages`` and ``labels``; the other columns are
             filled in when absent.
 
     Returns:
-        The usable groups with exactly the columns of ``GROUPS_FEATURES``, and how many were read,
-        kept, and dropped for having no positive or no negative.
+        The usable groups with exactly the columns of ``GROUPS_FEATURES``, their passages in the
+        order given, and memory-mapped if they were; and how many were read, kept, and dropped for
+        having no positive or no negative.
 
     Raises:
         GroupsError: As :func:`check_groups`.
     """
     checked = check_groups(groups)
     labels, rows = checked.data.table["labels"], _selection(checked)
-    labels = (labels if rows is None else labels.take(pa.array(rows))).combine_chunks()
-    positive = np.asarray(pc.greater(labels.flatten(), 0))
-    lengths = pc.list_value_length(labels).to_numpy(zero_copy_only=False)
+    labels = labels if rows is None else labels.take(pa.array(rows))
+    lengths = _lengths(labels)
+    positive = pc.greater(pc.list_flatten(labels), 0).to_numpy()
     row = np.repeat(np.arange(len(lengths)), lengths)
     positives = np.bincount(row, weights=positive, minlength=len(lengths)).astype(int)
     usable = (positives > 0) & (positives < lengths)
@@ -121,20 +123,16 @@ def validate_groups(groups: datasets.Dataset) -> tuple[datasets.Dataset, dict[st
         "groups_without_negative": int(((positives > 0) & (positives == lengths)).sum()),
     }
     dropped = counts["groups_read"] - counts["groups"]
-    if dropped:
-        logger.warning(
-            "%d of %d groups dropped: %d without a positive, %d without a negative",
-            dropped,
-            counts["groups_read"],
-            counts["groups_without_positive"],
-            counts["groups_without_negative"],
-        )
-    # A stable sort by (row, is negative) keeps the order inside positives and inside negatives.
-    order = np.lexsort((~positive, row))
-    if not np.array_equal(order, np.arange(len(order))):
-        table = _reorder(arrow_table(checked), order)
-        checked = datasets.Dataset(table, info=checked.info, fingerprint=checked._fingerprint + "-")
-    return checked.select(np.flatnonzero(usable)) if dropped else checked, counts
+    if not dropped:
+        return checked, counts
+    logger.warning(
+        "%d of %d groups dropped: %d without a positive, %d without a negative",
+        dropped,
+        counts["groups_read"],
+        counts["groups_without_positive"],
+        counts["groups_without_negative"],
+    )
+    return checked.select(np.flatnonzero(usable)), counts
 
 
 def arrow_table(table: datasets.Dataset) -> pa.Table:
@@ -211,27 +209,3 @@ def _rows_with(bad: pa.ChunkedArray, lengths: np.ndarray) -> np.ndarray:
     """Which rows hold an item that is bad, by the items of all lists, one after the other."""
     row = np.repeat(np.arange(len(lengths)), lengths)
     return np.bincount(row[bad.to_numpy()], minlength=len(lengths)) > 0
-
-
-def _reorder(table: pa.Table, order: np.ndarray) -> pa.Table:
-    """Apply one order of all list items to every list column; rows keep their items."""
-    columns = {}
-    for name in table.column_names:
-        column = table[name].combine_chunks()
-        if not pa.types.is_list(column.type):
-            columns[name] = column
-            continue
-        if column.null_count:
-            # Rows without scores hold no items, so an order over all items does not fit: pad them.
-            lengths = pc.list_value_length(table["passages"]).to_pylist()
-            items = [
-                value if value is not None else [None] * n for value, n in zip(column.to_pylist(), lengths, strict=True)
-            ]
-            padded = pa.array(items, type=column.type)
-            moved = pa.ListArray.from_arrays(padded.offsets, padded.flatten().take(pa.array(order)))
-            columns[name] = pc.if_else(pc.is_valid(column), moved, pa.scalar(None, type=column.type))
-        else:
-            flat = column.flatten().take(pa.array(order))
-            offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(column).to_numpy(zero_copy_only=False))])
-            columns[name] = pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), flat)
-    return pa.table(columns)

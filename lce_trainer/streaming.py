@@ -209,13 +209,12 @@ def _group(row: Mapping[str, Any], number: int) -> Row:
     for name, have in (("labels", len(labels)), ("scores", len(passages) if scores is None else len(scores))):
         if have != len(passages):
             raise GroupsError(f"{where}: {have} {name} for {len(passages)} passages")
-    order = np.argsort(labels <= 0, kind="stable").tolist()  # positives first, as validate_groups puts them
     return {
         "query_id": query if row.get("query_id") is None else str(row["query_id"]),
         "query": query,
-        "passages": [passages[i] for i in order],
-        "labels": labels[order].tolist(),
-        "scores": None if scores is None else [scores[i] for i in order],
+        "passages": passages,
+        "labels": labels.tolist(),
+        "scores": scores,
     }
 
 

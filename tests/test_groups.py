@@ -15,11 +15,11 @@ def rows(*groups: tuple[list[str], list[float]], **more: list) -> Dataset:
     )  # fmt: skip
 
 
-def test_positives_come_first_and_keep_their_scores():
+def test_passages_keep_their_order_and_their_scores():
     groups, counts = validate_groups(rows((["a", "b", "c"], [0.0, 2.0, 1.0]), scores=[[0.1, 0.2, 0.3]]))
-    assert groups[0]["passages"] == ["b", "c", "a"]
-    assert groups[0]["labels"] == [2.0, 1.0, 0.0]
-    np.testing.assert_allclose(groups[0]["scores"], [0.2, 0.3, 0.1], rtol=1e-6)
+    assert groups[0]["passages"] == ["a", "b", "c"]
+    assert groups[0]["labels"] == [0.0, 2.0, 1.0]
+    np.testing.assert_allclose(groups[0]["scores"], [0.1, 0.2, 0.3], rtol=1e-6)
     assert counts["groups"] == 1
 
 
@@ -27,8 +27,7 @@ def test_rows_without_scores_stay_null_when_others_have_them():
     groups, _ = validate_groups(
         rows((["a", "b"], [0, 1]), (["c", "d"], [0, 1]), (["e", "f"], [1, 0]), scores=[[1.0, 2.0], None, [3.0, 4.0]])
     )
-    assert groups["scores"][:] == [[2.0, 1.0], None, [3.0, 4.0]]
-    assert groups["passages"][:] == [["b", "a"], ["d", "c"], ["e", "f"]]
+    assert groups["scores"][:] == [[1.0, 2.0], None, [3.0, 4.0]]
 
 
 def test_groups_that_teach_nothing_are_dropped_and_counted():
@@ -63,7 +62,7 @@ def test_a_check_keeps_every_row_and_its_order():
 def test_checked_and_validated_groups_stay_on_disk(tmp_path):
     n = 20_000
     groups = Dataset.from_dict(
-        {"query": ["q"] * n, "passages": [["a" * 500, "b" * 500]] * n, "labels": [[1.0, 0.0]] * (n - 1) + [[1.0, 1.0]]}
+        {"query": ["q"] * n, "passages": [["a" * 500, "b" * 500]] * n, "labels": [[0.0, 1.0]] * (n - 1) + [[1.0, 1.0]]}
     )
     groups.to_parquet(tmp_path / "groups.parquet")
     mapped = Dataset.from_parquet(str(tmp_path / "groups.parquet"), cache_dir=str(tmp_path / "cache"))
@@ -76,10 +75,20 @@ def test_checked_and_validated_groups_stay_on_disk(tmp_path):
     assert not list((tmp_path / "cache").rglob("cache-*"))  # nor is a copy of it written
 
 
+def test_more_text_than_one_arrow_array_can_address_is_validated_where_it_lies():
+    chunk = pa.table({"query": ["q"] * 8, "passages": [["a" * (4 << 20), "b"]] * 8, "labels": [[0.0, 1.0]] * 8})
+    huge = Dataset(pa.concat_tables([chunk] * 70), fingerprint="huge")  # 2.3 GB, of which all but 34 MB are repeats
+    before = pa.total_allocated_bytes()
+    groups, counts = validate_groups(huge)
+    assert counts["groups"] == len(groups) == 560
+    assert groups[559]["passages"][1] == "b" and groups[559]["labels"] == [0, 1]
+    assert pa.total_allocated_bytes() - before < 5e6
+
+
 def test_what_a_selection_leaves_out_may_be_bad_and_what_it_takes_is_numbered_as_it_does():
     table = rows((["a", None], [1, 0]), (["a", "b"], [1, 0]), (["a"], [1, 0]), (["c", "d"], [0, 1]))
     groups, _ = validate_groups(table.select([3, 1]))
-    assert groups["passages"][:] == [["d", "c"], ["a", "b"]] and groups["labels"][:] == [[1, 0], [1, 0]]
+    assert groups["passages"][:] == [["c", "d"], ["a", "b"]] and groups["labels"][:] == [[0, 1], [1, 0]]
     assert check_groups(table.select([3, 1]))["passages"][:] == [["c", "d"], ["a", "b"]]
     with pytest.raises(GroupsError, match="row 1: passages holds a null"):
         validate_groups(table.select([1, 0]))
