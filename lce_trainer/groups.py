@@ -103,7 +103,7 @@ def validate_groups(groups: datasets.Dataset) -> tuple[datasets.Dataset, dict[st
     Returns:
         The usable groups with exactly the columns of ``GROUPS_FEATURES``, their passages in the
         order given, and memory-mapped if they were; and how many were read, kept, and dropped for
-        having no positive or no negative.
+        having no positive or no negative, which with grades is any passage below the best one.
 
     Raises:
         GroupsError: As :func:`check_groups`.
@@ -112,16 +112,9 @@ def validate_groups(groups: datasets.Dataset) -> tuple[datasets.Dataset, dict[st
     labels, rows = checked.data.table["labels"], _selection(checked)
     labels = labels if rows is None else labels.take(pa.array(rows))
     lengths = _lengths(labels)
-    positive = pc.greater(pc.list_flatten(labels), 0).to_numpy()
     row = np.repeat(np.arange(len(lengths)), lengths)
-    positives = np.bincount(row, weights=positive, minlength=len(lengths)).astype(int)
-    usable = (positives > 0) & (positives < lengths)
-    counts = {
-        "groups_read": len(lengths),
-        "groups": int(usable.sum()),
-        "groups_without_positive": int((positives == 0).sum()),
-        "groups_without_negative": int(((positives > 0) & (positives == lengths)).sum()),
-    }
+    usable, counts = what_teaches(pc.list_flatten(labels).to_numpy(), row, len(lengths))
+    counts = {"groups_read": len(lengths), "groups": int(usable.sum()), **counts}
     dropped = counts["groups_read"] - counts["groups"]
     if not dropped:
         return checked, counts
@@ -133,6 +126,27 @@ def validate_groups(groups: datasets.Dataset) -> tuple[datasets.Dataset, dict[st
         counts["groups_without_negative"],
     )
     return checked.select(np.flatnonzero(usable)), counts
+
+
+def what_teaches(labels: np.ndarray, group: np.ndarray, groups: int) -> tuple[np.ndarray, dict[str, int]]:
+    """Groups with a positive, and with a passage of a lower label for it to beat: a negative, or a lower grade.
+
+    Args:
+        labels: Of all passages, shape ``(passages,)``.
+        group: That each passage is in, from 0, likewise.
+        groups: How many there are.
+
+    Returns:
+        True where a group teaches something, shape ``(groups,)``; and how many lack the one or the other.
+    """
+    best, least = (np.full(groups, value, dtype=labels.dtype) for value in (-np.inf, np.inf))  # casts are slow in at()
+    np.maximum.at(best, group, labels)
+    np.minimum.at(least, group, labels)
+    usable = (best > 0) & (best > least)
+    return usable, {
+        "groups_without_positive": int((best <= 0).sum()),
+        "groups_without_negative": int(((best > 0) & ~usable).sum()),
+    }
 
 
 def arrow_table(table: datasets.Dataset) -> pa.Table:

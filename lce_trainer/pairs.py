@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.fingerprint import generate_random_fingerprint
 
-from lce_trainer.groups import GROUPS_FEATURES
+from lce_trainer.groups import GROUPS_FEATURES, what_teaches
 
 # Arrow's strings are addressed by 32 bits: a chunk of a column holds less text than this.
 _CHUNK_BYTES = 1 << 30
@@ -96,8 +96,7 @@ def merge(pairs: Pairs, keep_all: bool = False) -> tuple[datasets.Dataset, dict[
     query, passage, positive = pairs.query[first], pairs.passage[first], label > 0
     order = np.lexsort((first, ~positive, query))
     sizes = np.bincount(query, minlength=len(pairs.queries))
-    positives = np.bincount(query, weights=positive, minlength=len(pairs.queries)).astype(int)
-    usable = (positives > 0) & (positives < sizes)
+    usable, useless = what_teaches(label, query, len(pairs.queries))
     kept = sizes > 0 if keep_all else usable
     counts = {
         "pairs_read": len(pairs.query),
@@ -106,8 +105,7 @@ def merge(pairs: Pairs, keep_all: bool = False) -> tuple[datasets.Dataset, dict[
         "negatives_also_positive": int((positive & (lowest <= 0)).sum()),
         "groups_read": len(pairs.queries),
         "groups": int(kept.sum()),
-        "groups_without_positive": int((positives == 0).sum()),
-        "groups_without_negative": int(((positives > 0) & (positives == sizes)).sum()),
+        **useless,
     }
     order = order[kept[query[order]]]
     table = _table(pairs, np.flatnonzero(kept), sizes[kept], passage[order], label[order], score[order])

@@ -156,10 +156,10 @@ def usable_rows(stream: Iterable[Row], epoch: int) -> Iterator[Row]:
     for row in _rows(stream):
         group = _group(row, read)
         read += 1
-        positives = sum(label > 0 for label in group["labels"])
-        if not positives:
+        best = max(group["labels"], default=0)
+        if best <= 0:
             no_positive += 1
-        elif positives == len(group["labels"]):
+        elif best == min(group["labels"]):
             no_negative += 1
         else:
             if held is not None:

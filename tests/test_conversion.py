@@ -241,6 +241,13 @@ def test_lower_grades_than_the_threshold_are_negatives():
     assert groups[0]["labels"] == [3, 0, 0]
 
 
+def test_grades_that_are_all_positive_make_a_group_unless_they_are_one():
+    pairs = Dataset.from_dict({"query": ["a", "a", "b", "b"], "passage": ["x", "y", "x", "y"], "label": [1, 3, 2, 2]})
+    groups, counts = to_groups(pairs)
+    assert groups["query"][:] == ["a"] and groups["labels"][:] == [[1, 3]]
+    assert counts["groups_without_negative"] == 1 and counts["groups_without_positive"] == 0
+
+
 def test_groups_of_ours_merge_too_and_keep_what_they_say():
     rows = {
         "query_id": ["1", "2"], "query": ["a", "a"], "passage_ids": [["x", "n"], ["y", "m"]],

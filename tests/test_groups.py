@@ -6,6 +6,7 @@ from datasets import Dataset
 from lce_trainer.artifacts import save_artifact
 from lce_trainer.errors import GroupsError
 from lce_trainer.groups import GROUPS_FEATURES, check_groups, load_groups, validate_groups
+from lce_trainer.sampling import sample_group
 
 
 def rows(*groups: tuple[list[str], list[float]], **more: list) -> Dataset:
@@ -36,6 +37,18 @@ def test_groups_that_teach_nothing_are_dropped_and_counted():
     )
     assert len(groups) == 1
     assert counts == {"groups_read": 5, "groups": 1, "groups_without_positive": 2, "groups_without_negative": 2}
+
+
+def test_a_lower_grade_is_negative_enough():
+    table = rows((["a", "b", "c"], [3, 2, 1]), (["a", "b"], [2, 2]), (["a", "b"], [1, 1.5]), (["a", "b"], [-1, 0]))
+    groups, counts = validate_groups(table)
+    assert groups["labels"][:] == [[3, 2, 1], [1, 1.5]]
+    assert counts == {"groups_read": 4, "groups": 2, "groups_without_positive": 1, "groups_without_negative": 1}
+    for row in groups:
+        assert sample_group(0, 0, row["query_id"], row["labels"], 3)[1]
+    for row in table.select([1, 3]):
+        with pytest.raises(GroupsError):
+            sample_group(0, 0, "q", row["labels"], 3)
 
 
 def test_the_result_has_exactly_the_schema():

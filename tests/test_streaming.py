@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lce_trainer.errors import ConfigError, GroupsError, TrainingError
 from lce_trainer.groups import validate_groups
 from lce_trainer.sampling import sample_group
-from lce_trainer.streaming import StreamedGroups
+from lce_trainer.streaming import StreamedGroups, usable_rows
 from lce_trainer.training_args import LCETrainingArguments
 
 USELESS = [
@@ -81,6 +81,18 @@ def test_what_is_left_out_is_told_by_the_rows():
         row["stream"][:4] for _, row in zip(range(4), StreamedGroups(rows.to_iterable_dataset(), 1, 1), strict=False)
     ]
     assert told == [(0, 2, 0, 1), (0, 6, 2, 2), (1, 2, 0, 1), (1, 6, 2, 2)]
+
+
+def test_a_stream_takes_the_groups_that_validation_keeps():
+    labels = [[3, 2, 1], [2, 2], [1, 1.5], [-1, 0], [1, 0], [0], [1], []]
+    rows = [
+        {"query_id": f"q{i}", "query": "red", "passages": list("abc"[: len(some)]), "labels": [float(x) for x in some]}
+        for i, some in enumerate(labels)
+    ]
+    kept, counts = validate_groups(Dataset.from_list(rows))
+    read = list(usable_rows(rows, 0))
+    assert [row["query_id"] for row in read] == kept["query_id"][:] == ["q0", "q2", "q4"]
+    assert read[-1]["stream"][1:] == (8, counts["groups_without_positive"], counts["groups_without_negative"])
 
 
 def test_labels_draw_as_those_of_a_dataset_do():

@@ -150,7 +150,8 @@ def test_for_an_evaluation_only_what_the_run_brings_is_ranked():
 
 
 def test_a_passage_that_is_relevant_under_another_id_is_no_negative():
-    groups, counts = to_groups(queries=QUERIES, corpus={**CORPUS, "p2": "Paris"}, qrels=QRELS, run={"1": ["p2", "y"]})
+    qrels = {"1": {"p": 1}, "2": {"l": 1}}
+    groups, counts = to_groups(queries=QUERIES, corpus={**CORPUS, "p2": "Paris"}, qrels=qrels, run={"1": ["p2", "y"]})
     assert content(groups) == {"capital of France": (["Paris"], ["Lyon"])}
     assert counts["negatives_also_positive"] == 1 and counts["groups_without_negative"] == 1
 
