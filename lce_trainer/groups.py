@@ -66,9 +66,9 @@ def check_groups(groups: datasets.Dataset, name: str = "") -> datasets.Dataset:
         name: Of the dataset, for the messages.
 
     Returns:
-        The rows with exactly the columns of ``GROUPS_FEATURES``: ids are made up and scores are
-        null where there are none. Memory-mapped columns stay so, and a selection of rows stays a
-        selection: what ``arrow_table`` gives has its rows alone.
+        The rows with exactly the columns of ``GROUPS_FEATURES``: where there are none, a query is its own
+        id, passages have ids made up and scores are null. Memory-mapped columns stay so, and a
+        selection of rows stays a selection: what ``arrow_table`` gives has its rows alone.
 
     Raises:
         GroupsError: A column is missing or of another type, or a row holds a null, a label that is
@@ -162,7 +162,7 @@ def _selection(table: datasets.Dataset) -> np.ndarray | None:
 
 
 def _with_every_column(table: pa.Table, where: str) -> pa.Table:
-    """Columns in schema order and types; ids are made up and scores are null where there are none."""
+    """Columns in schema order and types; those that are missing are filled in."""
     schema = GROUPS_FEATURES.arrow_schema
     columns: dict[str, pa.ChunkedArray | pa.Array] = {}
     for name in (*_REQUIRED, *schema.names):
@@ -173,12 +173,11 @@ def _with_every_column(table: pa.Table, where: str) -> pa.Table:
                 raise GroupsError(
                     f"{where}column {name!r} must be {schema.field(name).type}, not {table[name].type}"
                 ) from None
-    rows = range(table.num_rows)
-    if "query_id" not in columns:
-        columns["query_id"] = pa.array([f"q{i}" for i in rows], pa.string())
+    # A name that shuffling and streaming leave as it is: the draw of a query's negatives goes by it.
+    columns.setdefault("query_id", columns["query"])
     if "passage_ids" not in columns:
         lengths = pc.list_value_length(columns["passages"]).to_pylist()
-        ids = ([f"q{i}-{j}" for j in range(n or 0)] for i, n in zip(rows, lengths, strict=True))
+        ids = ([f"q{i}-{j}" for j in range(n or 0)] for i, n in enumerate(lengths))
         columns["passage_ids"] = pa.array(ids, schema.field("passage_ids").type)
     columns.setdefault("scores", pa.nulls(table.num_rows, schema.field("scores").type))
     return pa.table({name: columns[name] for name in schema.names})
@@ -196,7 +195,7 @@ def _check_rows(table: pa.Table, rows: np.ndarray | None, where: str) -> None:
             raise GroupsError(f"{where}row {row}: {what.format(name=name, have=have, want=want)}")
 
     lengths = {name: _lengths(table[name]) for name in ("passages", "passage_ids", "labels", "scores")}
-    for name in ("query_id", "query", "passage_ids", "passages", "labels"):
+    for name in ("query", "query_id", "passage_ids", "passages", "labels"):
         column = table[name]
         if column.null_count:
             refuse(pc.is_null(column).to_numpy(), name, "{name} is null")

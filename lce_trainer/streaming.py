@@ -196,6 +196,8 @@ def _group(row: Mapping[str, Any], number: int) -> Row:
     where = f"row {number} of the stream"
     if missing := [name for name in _REQUIRED if row.get(name) is None]:
         raise GroupsError(f"{where} has no {', '.join(missing)}; it has: {', '.join(row)}")
+    if (query_id := row.get("query_id", row["query"])) is None:
+        raise GroupsError(f"{where}: query_id is null")
     query, passages = row["query"], list(row["passages"])
     if not isinstance(query, str) or not all(isinstance(text, str) for text in passages):
         raise GroupsError(f"{where}: query and passages must be texts")
@@ -210,7 +212,7 @@ def _group(row: Mapping[str, Any], number: int) -> Row:
         if have != len(passages):
             raise GroupsError(f"{where}: {have} {name} for {len(passages)} passages")
     return {
-        "query_id": query if row.get("query_id") is None else str(row["query_id"]),
+        "query_id": str(query_id),
         "query": query,
         "passages": passages,
         "labels": labels.tolist(),

@@ -69,6 +69,7 @@ def test_a_check_keeps_every_row_and_its_order():
     assert checked["labels"][:] == [[0, 1], [0, 0], []] and checked["passages"][:] == table["passages"][:]
     assert checked.features == GROUPS_FEATURES
     assert checked["passage_ids"][:] == [["q0-0", "q0-1"], ["q1-0", "q1-1"], []]
+    assert checked["query_id"][:] == ["query 0", "query 1", "query 2"]
     assert len(check_groups(table.select([]))) == 0
 
 
@@ -116,6 +117,10 @@ def test_what_a_selection_leaves_out_may_be_bad_and_what_it_takes_is_numbered_as
         (rows((["a", "b"], [1, 0]), (["a", "b"], [1])), "row 1: 1 labels for 2 passages"),
         (rows((["a", None], [1, 0])), "row 0: passages holds a null"),
         (rows((["a", "b"], [1, 0]), query_id=[None]), "row 0: query_id is null"),
+        (
+            Dataset.from_dict({"query": ["q", None], "passages": [["a"]] * 2, "labels": [[1]] * 2}),
+            "row 1: query is null",
+        ),
         (rows((["a", "b"], [1, 0]), scores=[[0.5]]), "row 0: 1 scores for 2 passages"),
         (Dataset.from_dict({"query": ["q"], "passages": ["a"], "labels": [[1.0]]}), "column 'passages' must be"),
         (

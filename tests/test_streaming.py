@@ -106,9 +106,22 @@ def test_labels_draw_as_those_of_a_dataset_do():
         assert draws[0] == draws[1]
 
 
+def test_without_ids_a_stream_and_a_dataset_in_any_order_draw_alike():
+    def ids(rows) -> dict[str, str]:
+        return {row["query"]: row["query_id"] for row in rows}
+
+    rows = make_groups(6).remove_columns("query_id")
+    streamed = ids(usable_rows(rows.to_iterable_dataset(), 0))
+    assert len(streamed) == len(set(streamed.values())) == 6
+    assert ids(validate_groups(rows)[0]) == streamed
+    assert ids(validate_groups(rows.shuffle(seed=1))[0]) == streamed
+    assert ids(validate_groups(Dataset.from_list(list(rows)[::-1]))[0]) == streamed
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"query_id": None, "query": "a", "passages": ["x"], "labels": [1]}, "row 1 of the stream: query_id is null"),
         ({"query": "a", "passages": ["x"]}, "row 1 of the stream has no labels; it has: query, passages"),
         ({"query": "a", "passages": ["x", "y"], "labels": [1]}, "row 1 of the stream: 1 labels for 2 passages"),
         ({"query": "a", "passages": ["x", "y"], "labels": [1, 0], "scores": [1]}, "1 scores for 2 passages"),
