@@ -361,7 +361,7 @@ def test_its_own_loss_of_a_tuple_is_that_of_our_group(mined, tiny_reranker):
 # ---- size
 
 
-def test_a_million_triplets_take_seconds_and_chunks_stay_addressable(monkeypatch):
+def test_200_000_triplets_take_seconds_and_chunks_stay_addressable(monkeypatch):
     n = 200_000
     rows = Dataset.from_dict(
         {
