@@ -64,7 +64,9 @@ def to_groups(
         negatives: Of these, draw so many a query; None for all.
         seed: Of that draw.
         add_positives: False leaves out positives that the run does not bring, and keeps groups that
-            teach nothing: for an ``eval_dataset`` that ranks what the retriever finds.
+            teach nothing: for an ``eval_dataset`` that ranks what the retriever finds. Its figures are
+            of that alone: nDCG and MAP know no positive that is not there, and a query for which
+            the run brings nothing is no group, but counted in ``queries_without_candidates``.
 
     Returns:
         The groups, with the columns of ``GROUPS_FEATURES``; and counts of what was read, merged and
@@ -134,7 +136,7 @@ def read_rows(source: Any, split: str = "train") -> datasets.Dataset:
 
 
 def _report(counts: Mapping[str, int]) -> None:
-    lost = ("pairs_empty", "groups_without_positive", "groups_without_negative")
+    lost = ("pairs_empty", "queries_without_candidates", "groups_without_positive", "groups_without_negative")
     said = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items() if count)
     warn = any(count and (name in lost or "_unknown_" in name) for name, count in counts.items())
     logger.log(logging.WARNING if warn else logging.INFO, "groups: %s", said or "nothing to read")

@@ -17,6 +17,8 @@
 A message says what was expected, what came and what to do. It never holds a token.
 """
 
+from collections.abc import Sequence
+
 
 class LCETrainerError(Exception):
     """Base of every error this package raises on purpose."""
@@ -60,3 +62,8 @@ class EvaluationError(LCETrainerError):
 
 class PublishError(LCETrainerError):
     """A model or dataset that cannot be uploaded."""
+
+
+def shown(ids: Sequence[str]) -> str:
+    """The first of the ids that a message is about, shortened: a query without an id is called by its text."""
+    return ", ".join(repr(str(name)[:80]) for name in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")

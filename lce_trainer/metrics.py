@@ -14,7 +14,7 @@ import numpy as np
 import pytrec_eval
 import torch
 
-from lce_trainer.errors import EvaluationError
+from lce_trainer.errors import EvaluationError, shown
 from lce_trainer.loss import lce_loss
 
 Run = Mapping[str, Mapping[str, float]]
@@ -60,20 +60,35 @@ def ranking_metrics(run: Run, qrels: Qrels, relevant_from: int = 1) -> dict[str,
     }
 
 
-def group_metrics(scores: list[np.ndarray], labels: list[np.ndarray], temperature: float) -> dict[str, float]:
+def group_metrics(
+    scores: Sequence[np.ndarray], labels: Sequence[np.ndarray], temperature: float, query_ids: Sequence[str]
+) -> dict[str, float]:
     """Means over groups of the ranking measures, and of the LCE of each group's first best positive as ``loss``.
+
+    A group without a positive, or without a passage, counts as 0, and has no loss.
 
     Args:
         scores: Logits of each group's passages.
         labels: Their grades; above 0 is positive.
         temperature: Divides the scores in the loss.
+        query_ids: Of each group, for the message; need not be distinct.
+
+    Raises:
+        EvaluationError: A score is NaN, or there is no passage at all.
     """
+    if bad := [query_id for query_id, row in zip(query_ids, scores, strict=True) if np.isnan(row).any()]:
+        raise EvaluationError(
+            f"a passage of queries {shown(bad)} has NaN for a score, so they cannot be ranked; use bf16 in place of "
+            "fp16, look at these groups, or take a checkpoint whose weights are finite"
+        )
     run = {str(q): {str(i): float(s) for i, s in enumerate(row)} for q, row in enumerate(scores)}
     # trec_eval wants whole grades: 0.5 is a positive too.
     qrels = {str(q): {str(i): int(np.ceil(label)) for i, label in enumerate(row)} for q, row in enumerate(labels)}
-    metrics = {name: float(np.mean(list(values.values()))) for name, values in ranking_metrics(run, qrels).items()}
+    metrics = {name: math.fsum(values.values()) / len(scores) for name, values in ranking_metrics(run, qrels).items()}
     losses = []
     for row, grades in zip(scores, labels, strict=True):
+        if not len(grades):
+            continue
         best = int(grades.argmax())
         competing = grades < grades[best]
         competing[best] = True

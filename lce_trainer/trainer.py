@@ -300,14 +300,15 @@ class LCETrainer(Trainer):  # type: ignore[misc]
     ) -> EvalLoopOutput:
         """Score every passage of every group once, on some rank, and measure the rankings."""
         started = time.perf_counter()
-        groups = dataloader.dataset
+        groups: Any = dataloader.dataset
         labels = [np.asarray(row, dtype=np.float64) for row in groups["labels"]]
         pairs = [
             (query, text) for query, texts in zip(groups["query"], groups["passages"], strict=True) for text in texts
         ]
         flat = self._score_pairs(self._eval_model(), pairs, description)
         scores = np.split(flat, np.cumsum([len(row) for row in labels])[:-1])
-        metrics = group_metrics(scores, labels, self.args.temperature)
+        query_ids = groups["query_id" if "query_id" in groups.column_names else "query"]
+        metrics = group_metrics(scores, labels, self.args.temperature, query_ids)
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
         self.tally.pause(time.perf_counter() - started)

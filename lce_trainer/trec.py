@@ -69,6 +69,7 @@ def judged_pairs(
     if run is not None:
         query, passage, grades = query[positive], passage[positive], grades[positive]
         found, brought = _window(run, (query_ids, passage_ids), judged, (skip, depth), counts)
+        counts["queries_without_candidates"] = len(np.setdiff1d(np.flatnonzero(judged), found))
         graded = _look_up(found * size + brought, query * size + passage, grades)
         taken = graded == 0
         counts["candidates_positive"] = int((~taken).sum())

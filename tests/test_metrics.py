@@ -3,13 +3,14 @@ import random
 from pathlib import Path
 
 import evaluate
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import pytrec_eval
 
 import lce_trainer.metrics
 from lce_trainer.errors import EvaluationError
-from lce_trainer.metrics import RankingMetrics, metric_rows, ranking_metrics
+from lce_trainer.metrics import RankingMetrics, group_metrics, metric_rows, ranking_metrics
 
 TREC = Path(__file__).parents[2] / "shared" / "data" / "trec-dl19"
 
@@ -50,6 +51,25 @@ def test_rank_eleven_is_worth_nothing():
 def test_a_judged_query_without_a_ranking_counts_as_zero_and_an_unjudged_one_not_at_all():
     values = ranking_metrics({"q1": ranking("a"), "unjudged": ranking("a")}, {"q1": {"a": 1}, "q2": {"a": 1}})
     assert values["ndcg@10"] == {"q1": 1.0, "q2": 0.0}
+
+
+def test_a_group_without_a_positive_or_without_a_passage_counts_as_zero():
+    scores, labels = (
+        [np.array([2.0, 1.0]), np.array([2.0, 1.0]), np.array([])],
+        [np.array([1, 0]), np.zeros(2), np.array([])],
+    )
+    metrics = group_metrics(scores, labels, 1.0, ["a", "b", "c"])
+    assert metrics["ndcg@10"] == metrics["mrr@10"] == metrics["map@10"] == pytest.approx(1 / 3)
+    assert metrics["loss"] == pytest.approx(math.log(1 + math.exp(-1)))
+    assert group_metrics(scores[:1], labels[:1], 1.0, ["a"])["ndcg@10"] == 1
+
+
+def test_a_score_that_is_no_number_is_an_error_naming_queries_by_their_ids():
+    scores, labels = [np.array([1.0, 0.0]), np.array([math.nan, 0.0])], [np.array([1, 0])] * 2
+    with pytest.raises(EvaluationError, match="a passage of queries 'second' has NaN"):
+        group_metrics(scores, labels, 1.0, ["first", "second"])
+    with pytest.raises(EvaluationError, match=rf"queries '{'x' * 80}', .* and 2 more has NaN"):
+        group_metrics(scores[1:] * 10, labels[1:] * 10, 1.0, ["x" * 200] * 10)
 
 
 def test_equal_scores_favour_no_way_of_naming_documents():

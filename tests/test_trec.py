@@ -149,6 +149,15 @@ def test_for_an_evaluation_only_what_the_run_brings_is_ranked():
     assert content(groups) == {"capital of France": ([], ["Lyon", "Nice"]), "capital of Peru": (["Lima"], ["Puno"])}
 
 
+def test_for_an_evaluation_judged_queries_that_the_run_brings_nothing_for_are_counted_and_said(caplog):
+    groups, counts = to_groups(
+        queries=QUERIES, corpus=CORPUS, qrels=QRELS, run={"2": ["l"], "3": ["p"]}, add_positives=False
+    )
+    assert content(groups) == {"capital of Peru": (["Lima"], [])}
+    assert counts["queries_without_candidates"] == 1
+    assert "queries without candidates 1" in caplog.text
+
+
 def test_a_passage_that_is_relevant_under_another_id_is_no_negative():
     qrels = {"1": {"p": 1}, "2": {"l": 1}}
     groups, counts = to_groups(queries=QUERIES, corpus={**CORPUS, "p2": "Paris"}, qrels=qrels, run={"1": ["p2", "y"]})
