@@ -149,6 +149,23 @@ def what_teaches(labels: np.ndarray, group: np.ndarray, groups: int) -> tuple[np
     }
 
 
+def count_contradictions(groups: datasets.Dataset) -> int:
+    """Groups in which one text is a positive and also has a lower label."""
+    count = 0
+    # Few at a time: they may hold long documents, and their distinct texts are copied.
+    for batch in groups.select_columns(["passages", "labels"]).with_format("arrow").iter(64):
+        passages = batch["passages"].combine_chunks()
+        lengths = passages.value_lengths().to_numpy()
+        texts = passages.flatten().dictionary_encode()
+        text = np.repeat(np.arange(len(lengths)), lengths) * len(texts) + texts.indices.to_numpy()
+        label = pc.list_flatten(batch["labels"]).to_numpy()
+        order = np.lexsort((label, text))
+        text, label = text[order], label[order]
+        torn = (np.diff(text) == 0) & (np.diff(label) > 0) & (label[1:] > 0)
+        count += len(np.unique(text[1:][torn] // max(len(texts), 1)))
+    return count
+
+
 def arrow_table(table: datasets.Dataset) -> pa.Table:
     """The rows of a dataset, a selection or transform of it applied."""
     if table.format["type"] == "custom":  # set_transform

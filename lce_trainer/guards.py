@@ -23,8 +23,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from lce_trainer.errors import GroupsError, TrainingError
-from lce_trainer.groups import check_groups, validate_groups
+from lce_trainer.errors import GroupsError, TrainingError, shown
+from lce_trainer.groups import check_groups, count_contradictions, validate_groups
 from lce_trainer.loading import longest_input, match_padding
 from lce_trainer.streaming import check_stream, is_stream
 from lce_trainer.training_args import LCETrainingArguments
@@ -59,9 +59,25 @@ def usable_groups(groups: Any, args: LCETrainingArguments) -> tuple[datasets.Dat
             f"none of {counts['groups_read']} groups is usable: {counts['groups_without_positive']} have no positive "
             f"and {counts['groups_without_negative']} no negative"
         )
-    if args.distillation_weight and all(scores is None for scores in usable["scores"]):
-        raise TrainingError("distillation_weight is above 0, but no group has scores to learn from")
+    if args.distillation_weight and not _has_teacher(usable):
+        raise TrainingError(
+            "distillation_weight is above 0, but no group has scores of two passages or more to learn from"
+        )
+    if torn := count_contradictions(usable):
+        logger.warning(
+            "%d of %d groups hold the same passage as a positive and with a lower label, so that it competes with "
+            "itself: lce_trainer.to_groups keeps it once, with its highest label",
+            *(torn, len(usable)),
+        )
     return usable, counts
+
+
+def _has_teacher(groups: datasets.Dataset) -> bool:
+    """Whether there is a group with two scores, since one alone says nothing."""
+    scores = groups.select_columns("scores").with_format("arrow")[:]["scores"]
+    lengths = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
+    known = pc.fill_null(pc.is_finite(pc.list_flatten(scores)), False).to_numpy()
+    return bool((np.bincount(np.repeat(np.arange(len(lengths)), lengths)[known]) > 1).any())
 
 
 def by_name(eval_dataset: EvalDataset) -> dict[str, datasets.Dataset]:
@@ -159,13 +175,10 @@ def check_finite(losses: Tensor, query_ids: Sequence[str], step: int, learning_r
     Raises:
         TrainingError: A loss is NaN or infinite; names the queries.
     """
-    bad = (~losses.isfinite()).tolist()
-    if any(bad):
-        named = [query_id for query_id, is_bad in zip(query_ids, bad, strict=True) if is_bad]
-        shown = ", ".join(map(repr, named[:8])) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+    if bad := [query_id for query_id, finite in zip(query_ids, losses.isfinite().tolist(), strict=True) if not finite]:
         raise TrainingError(
-            f"step {step}: the loss of queries {shown} is NaN or infinite, so the run stopped before the weights took "
-            f"it in; lower learning_rate (now {learning_rate():.1e}), use bf16 in place of fp16, or look at these "
+            f"step {step}: the loss of queries {shown(bad)} is NaN or infinite, so the run stopped before the weights "
+            f"took it in; lower learning_rate (now {learning_rate():.1e}), use bf16 in place of fp16, or look at these "
             "groups"
         )
 

@@ -1,9 +1,15 @@
 import logging
 
 import pytest
+import torch
+from conftest import build_model, build_tokenizer
 from datasets import Dataset
+from test_trainer import make_trainer
 
-from lce_trainer.guards import check_eval
+from lce_trainer.conversion import to_groups
+from lce_trainer.errors import EvaluationError, TrainingError
+from lce_trainer.guards import check_eval, usable_groups
+from lce_trainer.training_args import LCETrainingArguments
 
 
 def groups(*rows: tuple[str, list[str], list[float]]) -> Dataset:
@@ -62,3 +68,55 @@ def test_groups_without_a_positive_are_counted(said):
     assert said(groups(("q1", ["x", "y"], [0, 0]), ("q2", [], []), ("q3", ["x"], [1]))) == [
         "dev: 2 of 3 groups hold no positive; they count as 0"
     ]
+
+
+def test_a_passage_that_competes_with_itself_is_counted_and_to_groups_mends_it(caplog, tmp_path):
+    torn = groups(
+        ("q1", ["a fish", "a bird", "a fish"], [1, 0, 0]),
+        ("q2", ["a fish", "a bird", "a bird"], [1, 0, 0]),  # twice a negative
+        ("q3", ["a leaf", "a leaf", "a stone"], [2, 2, 1]),  # twice the same grade
+        ("q4", ["a stone", "a leaf", "a leaf", "a leaf"], [0, 1, 2, 3]),
+        ("q5", ["a fish", "a tree"], [0, 1]),  # a positive elsewhere
+        ("q6", ["a tree", "a bird", "a bird"], [1, -1, 0]),
+    )
+    args = LCETrainingArguments(str(tmp_path))
+    for rows in (torn, torn.select(range(6)[::-1])):
+        caplog.clear()
+        kept, counts = usable_groups(rows, args)
+        assert len(kept) == counts["groups"] == 6
+        assert "2 of 6 groups hold the same passage as a positive and with a lower label" in caplog.text
+    usable_groups(groups(*[("q", ["a", "b"], [1, 0])] * 100, ("q", ["a", "a"], [1, 0])), args)
+    assert "1 of 101 groups hold the same passage" in caplog.text
+    caplog.clear()
+    mended, _ = usable_groups(to_groups(torn)[0], args)
+    assert len(mended) == 6 and mended[3]["passages"] == ["a leaf", "a stone"] and mended[3]["labels"] == [3, 0]
+    assert "same passage" not in caplog.text
+
+
+@pytest.mark.parametrize("scores", [None, [None, None], [0.5, None], [0.5, float("nan")]])
+def test_scores_of_which_no_group_has_two_are_no_teacher(scores, tmp_path):
+    args = LCETrainingArguments(str(tmp_path), distillation_weight=0.5)
+    rows = groups(*[("q", ["a", "b"], [1, 0])] * 3)
+    with pytest.raises(TrainingError, match="no group has scores of two passages or more"):
+        usable_groups(rows.add_column("scores", [scores] * 3), args)
+    assert len(usable_groups(rows.add_column("scores", [scores, [0.5, 0.25], None]), args)[0]) == 3
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_evaluation_that_gives_nan_names_its_queries(named, tmp_path):
+    model = build_model()
+    word = build_tokenizer().convert_tokens_to_ids("moon")
+    model.bert.embeddings.word_embeddings.weight.data[word] = torch.nan
+    rows = groups(("red fish", ["a", "b"], [1, 0]), ("blue fish", ["tree", "moon"], [1, 0]))
+    rows = rows.add_column("query_id", ["first", "second"]) if named else rows
+    trainer = make_trainer(tmp_path, None, model=model, eval_dataset=rows)
+    with pytest.raises(EvaluationError, match="queries 'second' has" if named else "queries 'blue fish' has"):
+        trainer.evaluate()
+
+
+def test_a_query_that_the_retriever_finds_nothing_for_counts_as_zero(tmp_path):
+    found = groups(("red fish", ["a", "b"], [1, 0]), ("blue fish", [], []))
+    both, one = (make_trainer(tmp_path, None, eval_dataset=rows).evaluate() for rows in (found, found.select([0])))
+    for measure in ("eval_ndcg@10", "eval_mrr@10", "eval_map@10"):
+        assert both[measure] == one[measure] / 2 > 0
+    assert both["eval_loss"] == one["eval_loss"]
