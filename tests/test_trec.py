@@ -2,6 +2,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import SHARED_DATA
@@ -11,6 +12,7 @@ from test_conversion import content
 from lce_trainer.conversion import to_groups
 from lce_trainer.errors import GroupsError
 from lce_trainer.groups import load_groups
+from lce_trainer.metrics import group_metrics, ranking_metrics
 
 QUERIES = {"1": "capital of France", "2": "capital of Peru", "3": "nobody asked"}
 CORPUS = {"p": "Paris", "y": "Lyon", "n": "Nice", "l": "Lima", "c": "Cusco", "u": "Puno", "m": "Marseille"}
@@ -147,6 +149,16 @@ def test_for_an_evaluation_only_what_the_run_brings_is_ranked():
         queries=QUERIES, corpus=CORPUS, qrels=QRELS, run={"1": ["y", "n"], "2": ["u", "l"]}, add_positives=False
     )
     assert content(groups) == {"capital of France": ([], ["Lyon", "Nice"]), "capital of Peru": (["Lima"], ["Puno"])}
+
+
+def test_what_a_run_misses_counts_against_all_judgments_and_not_in_a_set_of_what_it_brings():
+    judged = {"queries": QUERIES, "corpus": CORPUS, "qrels": {"2": {"l": 1, "c": 1}}}
+    groups, _ = to_groups(**judged, run={"2": ["l", "u"]}, add_positives=False)
+    labels = [np.array(row) for row in groups["labels"]]
+    alone = group_metrics([np.array([2.0, 1.0])], labels, 1.0, groups["query_id"])
+    both = ranking_metrics({"2": {"l": 2.0, "u": 1.0}}, judged["qrels"])
+    assert alone["ndcg@10"] == alone["map@10"] == 1
+    assert both["map@10"]["2"] == 1 / 2 and both["ndcg@10"]["2"] < 0.7
 
 
 def test_for_an_evaluation_judged_queries_that_the_run_brings_nothing_for_are_counted_and_said(caplog):
