@@ -198,7 +198,9 @@ class EvaluateConfig:
     precision: Literal["auto", "float32", "bfloat16"] = _option(
         "auto", "Of the reranker's weights while it scores; auto: bfloat16 where the hardware multiplies it."
     )
-    batch_tokens: int = _option(8192, "Tokens scored in one forward pass at most.")
+    batch_tokens: int | None = _option(
+        None, "Tokens scored in one forward pass at most. null: 4096 on CPU, 65536 on an accelerator."
+    )
 
 
 @dataclass

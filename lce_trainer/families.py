@@ -124,7 +124,11 @@ def _read_attention(
     dropout = attention.dropout.p if attention.training else 0.0
     q = query(read).view(len(read), -1, size)
     if tokens.device.type == "cpu" and _are_plain(key, value):
-        return _attend_to_states(q, key, value, tokens, packing, dropout, attention.scaling).flatten(1), read
+        # As all attention on a CPU in float32 or wider: thin products gain nothing from half precision.
+        with torch.autocast("cpu", enabled=False):
+            wide = torch.promote_types(tokens.dtype, torch.float32)
+            context = _attend_to_states(q.to(wide), key, value, tokens.to(wide), packing, dropout, attention.scaling)
+        return context.flatten(1).to(q.dtype), read
     k, v = _project(tokens, (key, value), size)
     return attend(q, k, v, packing, dropout=dropout, scaling=attention.scaling).flatten(1), read
 
@@ -150,10 +154,10 @@ def _attend_to_states(
         Context, shape ``(pairs, heads, size)``.
     """
     heads, size = query.shape[1:]
-    of_key, of_value = (layer.weight.view(heads, size, -1) for layer in (key, value))
+    of_key, of_value = (layer.weight.to(query.dtype).view(heads, size, -1) for layer in (key, value))
     asked = torch.einsum("phs,hsw->phw", query * scaling, of_key)
     # Cancels in the softmax, but who waits for every parameter's gradient, as DDP does, waits for this one's.
-    constant = (query * scaling * key.bias.view(heads, size)).sum(-1, keepdim=True)
+    constant = (query * scaling * key.bias.to(query.dtype).view(heads, size)).sum(-1, keepdim=True)
     means, totals = [], []
     counts, sizes = [pairs for pairs, _ in packing.calls], [pairs * length for pairs, length in packing.calls]
     parts = torch.split(asked, counts), torch.split(constant, counts), torch.split(tokens, sizes)
@@ -162,7 +166,9 @@ def _attend_to_states(
         weights = functional.dropout((part @ states.transpose(1, 2) + same).softmax(-1), dropout)
         means.append(weights @ states)
         totals.append(weights.sum(-1, keepdim=True))
-    return torch.einsum("phw,hsw->phs", torch.cat(means), of_value) + torch.cat(totals) * value.bias.view(heads, size)
+    return torch.einsum("phw,hsw->phs", torch.cat(means), of_value) + torch.cat(totals) * value.bias.to(
+        query.dtype
+    ).view(heads, size)
 
 
 def _modernbert_layer(

@@ -14,7 +14,7 @@ from lce_trainer.errors import TrainingError
 from lce_trainer.loading import load_model, load_tokenizer, longest_input, settle
 from lce_trainer.packing import batch_scores, disable_packing, enable_packing
 from lce_trainer.saving import save_reranker
-from lce_trainer.scoring import score_pairs
+from lce_trainer.scoring import score_pairs, usual_batch_tokens
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Reranker:
         self,
         pairs: Iterable[tuple[str, str]],
         *,
-        batch_tokens: int = 8192,
+        batch_tokens: int | None = None,
         progress: bool = False,
         accelerator: Accelerator | None = None,
     ) -> np.ndarray:
@@ -116,7 +116,8 @@ class Reranker:
 
         Args:
             pairs: Query and passage of each.
-            batch_tokens: Tokens, padding included, in one forward pass at most.
+            batch_tokens: Tokens, padding included, in one forward pass at most. None: as many as are fast, 4096 on a
+                CPU and 65536 on an accelerator.
             progress: Show a bar.
             accelerator: Share the pairs among the processes that ``accelerate launch`` started. Every process must
                 call, with the same pairs in the same order, and gets all scores. If None, this process scores all.
@@ -133,7 +134,7 @@ class Reranker:
             self.tokenizer,
             pairs,
             self.max_length,
-            batch_tokens,
+            batch_tokens or usual_batch_tokens(self.model.device),
             accelerator,
             disable=not (progress and (accelerator is None or accelerator.is_local_main_process)),
         )

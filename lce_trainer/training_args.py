@@ -106,8 +106,12 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
         default=None,
         metadata={"help": "Round padded lengths up to a multiple of this; 8 suits half precision on GPUs."},
     )
-    eval_batch_tokens: int = field(
-        default=8192, metadata={"help": "Tokens, padding included, scored in one forward pass of an evaluation."}
+    eval_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens, padding included, scored in one forward pass of an evaluation. null: 4096 on CPU, 65536 on "
+            "an accelerator."
+        },
     )
 
     # --- Defaults other than transformers' own ---
