@@ -2,13 +2,15 @@
 
 ``python -m benchmarks.infer`` gives each the same checkpoint and the same pairs (MedQuAD questions with the answers
 that BM25 finds for them, whole, cut at 256 tokens), one after the other in one process, after choosing for each the
-batch size it is fastest with. The scores must be the same, to rounding; the run fails if they are not. A ratio is the
-median over rounds of the ratio of two systems' seconds for the same pairs.
+batch size it is fastest with: the candidates of one query in a call, as a search box has them, and of many. The scores
+must be the same, to rounding; the run fails if they are not. A ratio is the median over rounds of the ratio of two
+systems' seconds for the same pairs.
 
-bf16 is bfloat16 weights. FlagEmbedding has float16 only, on GPUs, so it has no figure for bf16.
+bf16 is bfloat16 weights. FlagEmbedding has float16 only, on GPUs, so it has no figure for bf16. ``torch.compile`` and
+ONNX Runtime (float32, where onnxruntime and onnxscript are installed) run the stock model on our batches, padded.
 """
 
-import inspect
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
 
 from benchmarks.data import MEDQUAD, PACKAGED, medquad_groups, prepare_checkpoint
 from benchmarks.measure import PRECISIONS, arguments, device, median_ratio, save, seconds_of, spread
 from lce_trainer import Reranker
+from lce_trainer.scoring import scoring_batches
 
 OURS = "lce_trainer"
 ROUNDING = {"fp32": 1e-4, "bf16": 0.05}  # of the largest score, or of 1 if that is less
@@ -36,11 +41,13 @@ class System:
 
     Attributes:
         score: Of pairs, at a batch size.
-        sizes: Batch sizes to choose from: tokens for ours, pairs for the others.
+        sizes: Batch sizes to choose from.
+        unit: Of the batch sizes.
     """
 
     score: Score
     sizes: Sequence[int]
+    unit: str
     chosen: int = 0
 
 
@@ -50,10 +57,17 @@ def systems(checkpoint: Path, precision: str, max_length: int) -> dict[str, Syst
     if device().type != "cpu":
         tokens, pairs = tuple(8 * size for size in tokens), tuple(8 * size for size in pairs)
     reranker = Reranker.from_pretrained(checkpoint, dtype=dtype, max_length=max_length)
-    found = {OURS: System(lambda given, size: reranker.score(given, batch_tokens=size), tokens)}
-    if "packing" in inspect.signature(Reranker.from_pretrained).parameters:
-        padded = Reranker.from_pretrained(checkpoint, dtype=dtype, max_length=max_length, packing="none")
-        found["lce_trainer, padded"] = System(lambda given, size: padded.score(given, batch_tokens=size), tokens)
+    found = {OURS: System(lambda given, size: reranker.score(given, batch_tokens=size), tokens, "tokens")}
+    padded = Reranker.from_pretrained(checkpoint, dtype=dtype, max_length=max_length, packing="none")
+    found["lce_trainer, padded"] = System(lambda given, size: padded.score(given, batch_tokens=size), tokens, "tokens")
+    if device().type != "cpu" or shutil.which("g++"):
+        # Lengths are no constants, or every batch would be compiled anew.
+        compiled = torch.compile(padded.model, dynamic=True)
+        found["torch.compile, padded"] = System(
+            over_batches(padded, lambda batch: compiled(**batch).logits), tokens, "tokens"
+        )
+    if find_spec("onnxruntime") and find_spec("onnxscript") and precision == "fp32" and device().type == "cpu":
+        found["ONNX Runtime, padded"] = System(over_batches(padded, onnx_session(padded, checkpoint)), tokens, "tokens")
     if find_spec("sentence_transformers"):
         from sentence_transformers import CrossEncoder
 
@@ -65,16 +79,56 @@ def systems(checkpoint: Path, precision: str, max_length: int) -> dict[str, Syst
             device=str(device()),
         )
         found["sentence-transformers"] = System(
-            lambda given, size: encoder.predict(list(given), batch_size=size, show_progress_bar=False), pairs
+            lambda given, size: encoder.predict(list(given), batch_size=size, show_progress_bar=False), pairs, "pairs"
         )
     if find_spec("FlagEmbedding") and precision == "fp32":
         from FlagEmbedding.inference.reranker.encoder_only.base import BaseReranker
 
         flag = BaseReranker(str(checkpoint), max_length=max_length, devices=[str(device())])
         found["FlagEmbedding"] = System(
-            lambda given, size: np.array(flag.compute_score_single_gpu(list(given), batch_size=size)), pairs
+            lambda given, size: np.array(flag.compute_score_single_gpu(list(given), batch_size=size)), pairs, "pairs"
         )
     return found
+
+
+def over_batches(reranker: Reranker, logits: Callable[[dict[str, Tensor]], Tensor]) -> Score:
+    """Scores by another runtime, fed as ours is."""
+
+    def score(given: Pairs, size: int) -> np.ndarray:
+        scores = np.zeros(len(given), dtype=np.float32)
+        with torch.inference_mode():
+            for rows, batch in scoring_batches(reranker.tokenizer, given, reranker.max_length, size):
+                scores[rows] = logits(send_to_device(batch, device()))[:, 0].float().cpu().numpy()
+        return scores
+
+    return score
+
+
+def onnx_session(reranker: Reranker, folder: Path) -> Callable[[dict[str, Tensor]], Tensor]:
+    """The model as ONNX, run by ONNX Runtime with all its optimizations on as many threads as torch has."""
+    import onnxruntime
+
+    (_, batch), *_ = scoring_batches(reranker.tokenizer, [("a b", "c d e"), ("f", "g")], reranker.max_length, 1000)
+    names = list(batch)
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = reranker.model
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return self.model(**dict(zip(names, inputs, strict=True))).logits
+
+    axes = {name: {0: "pairs", 1: "tokens"} for name in names} | {"logits": {0: "pairs"}}
+    file = folder / "model.onnx"
+    inputs = tuple(batch.values())
+    torch.onnx.export(
+        Logits(), inputs, file, input_names=names, output_names=["logits"], dynamic_axes=axes, dynamo=False
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return lambda batch: torch.from_numpy(session.run(None, {name: batch[name].numpy() for name in names})[0])
 
 
 def choose_sizes(found: dict[str, System], pairs: Pairs) -> None:
@@ -116,44 +170,51 @@ def main(argv: list[str] | None = None) -> None:
         "--model", default=PACKAGED, help="or random:minilm-l6, random:bert-base, random:modernbert-base"
     )
     parser.add_argument("--data", type=Path, default=MEDQUAD, help="folder with MedQuAD's files, or groups as parquet")
-    parser.add_argument("--queries", type=int, default=6, help="of a round")
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 6], help="in a call")
     parser.add_argument("--candidates", type=int, default=32, help="of a query")
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, help="9, or 3 in the short form")
+    parser.add_argument("--rounds", type=int, help="calls of each kind: 9, or 5 in the short form")
     parser.add_argument("--precision", nargs="+", choices=ROUNDING, default=list(ROUNDING))
     parser.add_argument("--name", default="infer", help="of the results")
     args = parser.parse_args(argv)
-    rounds = args.rounds or (3 if args.short else 9)
-    groups = medquad_groups(args.data, queries=args.queries * (rounds + 1), size=args.candidates)
+    rounds = args.rounds or (5 if args.short else 9)
+    groups = medquad_groups(args.data, queries=max(args.queries) * (rounds + 1), size=args.candidates)
     pairs = [(row["query"], text) for row in groups for text in row["passages"]]
-    size = args.queries * args.candidates
-    parts = [pairs[start : start + size] for start in range(0, size * (rounds + 1), size)]
     results: dict[str, Any] = {}
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as work:
         checkpoint = prepare_checkpoint(args.model, Path(work) / "model", max_length=args.max_length)
         for precision in args.precision:
             found = systems(checkpoint, precision, args.max_length)
-            choose_sizes(found, parts[0][: len(parts[0]) // 2] if args.short else parts[0])
-            seconds = race(found, parts[1:], precision)
-            results[precision] = {
-                name: {
-                    "pairs_per_second": spread([len(p) / s for p, s in zip(parts[1:], spent, strict=True)]),
-                    "batch_size": found[name].chosen,
-                    "seconds": spent,
+            for queries in args.queries:
+                size = queries * args.candidates
+                first, *parts = [pairs[start : start + size] for start in range(0, size * (rounds + 1), size)]
+                choose_sizes(found, first[: 2 * args.candidates] if args.short else first)
+                seconds = race(found, parts, precision)
+                what = f"{precision}, {queries} {'query' if queries == 1 else 'queries'} a call"
+                results[what] = {
+                    name: {
+                        "pairs_per_second": spread([len(p) / s for p, s in zip(parts, spent, strict=True)]),
+                        "batch_size": found[name].chosen,
+                        "seconds": spent,
+                    }
+                    for name, spent in seconds.items()
                 }
-                for name, spent in seconds.items()
-            }
-            print(f"\n{precision:30s} {'pairs/s':>8s} {'quartiles':>17s}  batch")
-            for name, row in results[precision].items():
-                speed = row["pairs_per_second"]
-                quartiles = f"{speed['q25']:.1f} to {speed['q75']:.1f}"
-                unit = "tokens" if name.startswith(OURS) else "pairs"
-                print(f"{name:30s} {speed['median']:8.1f} {quartiles:>17s}  {row['batch_size']} {unit}", flush=True)
-                if name != OURS:
-                    ratios[f"{precision}: pairs/s over those of {name}"] = median_ratio(seconds[name], seconds[OURS])
+                show(what, results[what], found)
+                for name in found:
+                    if name != OURS:
+                        ratios[f"{what}: pairs/s over those of {name}"] = median_ratio(seconds[name], seconds[OURS])
     chosen = {name: str(getattr(args, name)) for name in ("model", "queries", "candidates", "max_length")}
     save(args.out, args.name, {**chosen, "rounds": rounds}, results, ratios)
+
+
+def show(what: str, rows: dict[str, Any], found: dict[str, System]) -> None:
+    """The table of one precision and number of queries."""
+    print(f"\n{what:30s} {'pairs/s':>8s} {'quartiles':>17s}  batch")
+    for name, row in rows.items():
+        speed = row["pairs_per_second"]
+        quartiles = f"{speed['q25']:.1f} to {speed['q75']:.1f}"
+        print(f"{name:30s} {speed['median']:8.1f} {quartiles:>17s}  {row['batch_size']} {found[name].unit}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from lce_trainer.errors import TrainingError
 from lce_trainer.loading import load_model, load_tokenizer, longest_input, settle
 from lce_trainer.packing import batch_scores, disable_packing, enable_packing
 from lce_trainer.saving import save_reranker
-from lce_trainer.scoring import score_pairs, usual_batch_tokens
+from lce_trainer.scoring import score_pairs, tokens_at_once
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Reranker:
             self.tokenizer,
             pairs,
             self.max_length,
-            batch_tokens or usual_batch_tokens(self.model.device),
+            tokens_at_once(batch_tokens, self.model.device),
             accelerator,
             disable=not (progress and (accelerator is None or accelerator.is_local_main_process)),
         )

@@ -23,9 +23,10 @@ WINDOW = 16384  # pairs in memory at once, of all ranks together: bounds what te
 Pair = tuple[str, str]
 
 
-def usual_batch_tokens(device: torch.device) -> int:
-    """Tokens of a forward pass that are fast: a CPU's caches hold few, an accelerator is idle with few."""
-    return 4096 if device.type == "cpu" else 65536
+def tokens_at_once(wanted: int | None, device: torch.device) -> int:
+    """Tokens of a forward pass: those wanted, or as many as are fast: a CPU's caches hold few, a GPU idles with few."""
+    usual = 4096 if device.type == "cpu" else 65536
+    return usual if wanted is None else wanted
 
 
 def score_pairs(

@@ -36,7 +36,7 @@ from lce_trainer.packing import batch_scores, enable_packing, packed_scores, pac
 from lce_trainer.sampling import GroupSampler, group_sampler
 from lce_trainer.saving import add_notes, note_format, save_reranker, write_settings
 from lce_trainer.score_cache import cut_step, gather_scores, run_step
-from lce_trainer.scoring import score_pairs, usual_batch_tokens
+from lce_trainer.scoring import score_pairs, tokens_at_once
 from lce_trainer.streaming import StreamWatch, is_stream, training_rows
 from lce_trainer.training_args import LCETrainingArguments
 
@@ -332,7 +332,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             self.processing_class,
             pairs,
             self.args.max_length,
-            self.args.eval_batch_tokens or usual_batch_tokens(self.args.device),
+            tokens_at_once(self.args.eval_batch_tokens, self.args.device),
             self.accelerator,
             desc=description,
             leave=False,

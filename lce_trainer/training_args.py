@@ -109,8 +109,8 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
     eval_batch_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens, padding included, scored in one forward pass of an evaluation. null: 4096 on CPU, 65536 on "
-            "an accelerator."
+            "help": "Tokens, padding included, scored in one forward pass of an evaluation. null: 4096 on CPU, 65536 "
+            "on an accelerator."
         },
     )
 
