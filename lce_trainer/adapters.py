@@ -5,13 +5,16 @@ The folder of a trained adapter holds the adapter, the head and the tokenizer, a
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lce_trainer.config import LoRAConfig
 from lce_trainer.errors import TrainingError
+from lce_trainer.lockstep import not_shared_out
 from lce_trainer.yes_no import is_language_model
 
 
@@ -67,8 +70,8 @@ def lora(config: LoRAConfig) -> Any:
     )
 
 
-def merge_adapters(model: Any) -> Any:
-    """A copy of a model with its adapters merged into it: a plain model.
+def check_mergeable(model: Any) -> None:
+    """Check that a model has adapters that can be merged into it.
 
     Raises:
         TrainingError: The model has none, or its base is quantized.
@@ -80,7 +83,32 @@ def merge_adapters(model: Any) -> Any:
             "adapters are not merged into a quantized base: save them with save_model(), and then load them onto the "
             "base as it was published, with Reranker.from_pretrained(folder).save_pretrained(another_folder)"
         )
-    return copy.deepcopy(model).merge_and_unload()
+
+
+def merge_adapters(model: Any, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """A copy of a model with its adapters merged into it: a plain model.
+
+    Args:
+        model: With adapters.
+        weights: All of its weights, where this process holds a part of them only.
+
+    Raises:
+        TrainingError: The model has no adapters, or its base is quantized.
+    """
+    check_mergeable(model)
+    if weights is None:
+        return copy.deepcopy(model).merge_and_unload()
+    base = model.get_base_model()
+    (first, config), *others = model.peft_config.items()
+    # One process draws the weights that are replaced, the others do not.
+    with torch.random.fork_rng(devices=[]), not_shared_out():
+        whole = import_peft().get_peft_model(type(base)(copy.deepcopy(base.config)), copy.deepcopy(config), first)
+        for name, config in others:
+            whole.add_adapter(name, copy.deepcopy(config))
+    whole.load_state_dict(weights, assign=True)
+    whole.get_base_model().tie_weights()
+    whole.set_adapter(model.active_adapter)
+    return whole.merge_and_unload(safe_merge=True)  # in place it would change weights that may be the model's own
 
 
 def load_merged(base: PreTrainedModel, path: str) -> PreTrainedModel:

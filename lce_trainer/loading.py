@@ -1,8 +1,6 @@
 """Load what is trained and what scores: models, tokenizers, and what makes them fit together."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.integrations import deepspeed as hf_deepspeed
 
 from lce_trainer.adapters import add_adapters, load_merged
 from lce_trainer.errors import TrainingError
+from lce_trainer.lockstep import not_shared_out
 from lce_trainer.notes import apply_notes, noted_answers, read_json
 from lce_trainer.packaged import resolve_model
 from lce_trainer.pair_template import has_trained_head, is_decoder, settle_template
@@ -78,26 +76,11 @@ def load_model(
             if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
                 setattr(config, key, dropout)
     try:
-        with _whole():
+        with not_shared_out():
             model: PreTrainedModel = kind.from_pretrained(path, config=config, dtype=dtype)
         return model
     except (OSError, ValueError) as error:
         raise TrainingError(f"no model at {str(name)!r}: {' '.join(str(error).split())}") from None
-
-
-@contextmanager
-def _whole() -> Iterator[None]:
-    """Load the whole model on every rank, under DeepSpeed as well, which shares it out when training starts.
-
-    Once its arguments ask for ZeRO-3, transformers would share out each weight as it comes: such a model cannot be
-    looked at, and would be saved under the names that checkpoints of years ago had.
-    """
-    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def load_config(name: str | Path) -> PreTrainedConfig:

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
+from transformers.integrations import deepspeed as hf_deepspeed
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,19 @@ def in_lockstep(accelerator: Accelerator) -> bool:
     """Whether every pass through the model is made by all ranks together."""
     sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
     return accelerator.num_processes > 1 and accelerator.distributed_type in sharded
+
+
+def pass_overhead(accelerator: Accelerator, chosen: int | None) -> int:
+    """Tokens of padding that are worth one more forward pass.
+
+    Args:
+        accelerator: Of this process.
+        chosen: By the settings; None: what suits the device.
+    """
+    if in_lockstep(accelerator):
+        return 1 << 40  # one pass a chunk, so that ranks can tell how many there are
+    default = 256 if accelerator.device.type == "cpu" else 16384
+    return default if chosen is None else chosen
 
 
 def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
@@ -39,6 +53,21 @@ def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None and lists:
         plugin.transformer_cls_names_to_wrap = [type(max(lists, key=len)[0]).__name__]
+
+
+@contextmanager
+def not_shared_out() -> Iterator[None]:
+    """Make a whole model in this process, under DeepSpeed as well, which shares it out when training starts.
+
+    Once its arguments ask for ZeRO-3, transformers would share out each weight as it comes: such a model cannot be
+    looked at, and would be saved under the names that checkpoints of years ago had.
+    """
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def most(accelerator: Accelerator, *counts: int) -> list[int]:

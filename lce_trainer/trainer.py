@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
-from lce_trainer.adapters import merge_adapters
+from lce_trainer import saving
 from lce_trainer.checkpoints import checkpoint_to_resume, final_state, sealed_checkpoint
 from lce_trainer.collator import Batch, GroupCollator, group_collator
 from lce_trainer.errors import TrainingError
@@ -29,12 +29,11 @@ from lce_trainer.guards import (
     usable_groups,
 )
 from lce_trainer.loading import prepare
-from lce_trainer.lockstep import in_lockstep, shard_by_layer
+from lce_trainer.lockstep import pass_overhead, shard_by_layer
 from lce_trainer.loss import group_losses
 from lce_trainer.metrics import group_metrics, mean_over_sets
 from lce_trainer.packing import batch_scores, enable_packing, packed_scores, packs, padded_scores
 from lce_trainer.sampling import GroupSampler, group_sampler
-from lce_trainer.saving import add_notes, note_format, save_reranker, write_settings
 from lce_trainer.score_cache import cut_step, gather_scores, run_step
 from lce_trainer.scoring import score_pairs, tokens_at_once
 from lce_trainer.streaming import StreamWatch, is_stream, training_rows
@@ -115,13 +114,10 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         self.add_callback(self.watch)
         self.add_callback(TellForecast(self))
         self.add_callback(self.stream_watch)
-        default = 256 if args.device.type == "cpu" else 16384
         if args.packing == "auto":
             enable_packing(self.model)
-        self._bucket_overhead: int = default if args.bucket_overhead is None else args.bucket_overhead
+        self._bucket_overhead = pass_overhead(self.accelerator, args.bucket_overhead)
         shard_by_layer(self.accelerator, self.model)
-        if in_lockstep(self.accelerator):
-            self._bucket_overhead = 1 << 40  # one pass a chunk, so that ranks can tell how many there are
 
     # ---- data
 
@@ -362,6 +358,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         return TrainOutput(over.global_step, 0.0, {})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        saving.ready_to_push(self)
         with sealed_checkpoint(self.args, self.state, Path(self._get_output_dir(trial))):
             super()._save_checkpoint(model, trial)
 
@@ -369,22 +366,21 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a plain checkpoint, under FSDP as well, whatever the checkpoints of the run look like."""
-        if self.is_deepspeed_enabled and self.deepspeed is None:  # nothing was left to train
-            return self._save(output_dir)
-        super().save_model(output_dir, _internal_call)
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if not _internal_call and "FULL" not in str(getattr(plugin, "state_dict_type", "FULL")):
-            self._save(output_dir, self.accelerator.get_state_dict(self.model))
-        return None
+        if saving.is_ours(self, output_dir if _internal_call else None):
+            self._save(output_dir, saving.whole_weights(self))
+        else:
+            super().save_model(output_dir, _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A plain checkpoint that every loader scores alike; settings as JSON, never as a pickle."""
         folder = Path(output_dir or self.args.output_dir)
-        note_format(self.model, self.processing_class, self.args.max_length)
+        saving.note_format(self.model, self.processing_class, self.args.max_length)
         super()._save(str(folder), state_dict)
         if self.args.should_save:
-            add_notes(self.model, self.processing_class, folder)
-            write_settings(self.args, folder)
+            saving.add_notes(self.model, self.processing_class, folder)
+            saving.write_settings(self.args, folder)
 
     def save_merged(self, output_dir: str | Path) -> None:
         """Write a plain checkpoint with the adapters merged into the model; the trainer's own keeps them.
@@ -392,7 +388,4 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         Raises:
             TrainingError: There are no adapters, or the base is quantized.
         """
-        merged = merge_adapters(self.accelerator.unwrap_model(self.model))
-        if self.is_world_process_zero():
-            save_reranker(merged, self.processing_class, self.args.max_length, Path(output_dir))
-            write_settings(self.args, Path(output_dir))
+        saving.save_merged(self, Path(output_dir))

@@ -7,11 +7,12 @@ import torch
 from peft import LoraConfig, TaskType
 from safetensors.torch import load_file
 from test_backbones import MAX_LENGTH, make_trainer, pairs_of_all_lengths, some_groups
+from test_trainer import assert_same
 from test_yes_no import ASKING
 from tiny_models import FAMILIES, lively, tiny_config, tiny_language_model, tiny_model, tiny_tokenizer, without_dropout
 from transformers import AutoModelForSequenceClassification, BertModel
 
-from lce_trainer.adapters import head_modules
+from lce_trainer.adapters import head_modules, merge_adapters
 from lce_trainer.errors import TrainingError
 from lce_trainer.reranker import Reranker
 from lce_trainer.yes_no import answers_of
@@ -88,6 +89,14 @@ def test_an_adapter_and_a_merged_model_score_as_the_trained_one(trained, tmp_pat
         np.testing.assert_allclose(crossed, scores, atol=1e-5)
 
 
+def test_what_was_gathered_from_several_processes_is_merged_alike(trained):
+    model = trained[0].model
+    drawn = torch.get_rng_state()
+    merged = merge_adapters(model, model.state_dict())
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert_same(merged.state_dict(), merge_adapters(model).state_dict(), 0)
+
+
 def test_resumed_adapters_end_bit_equal(tmp_path):
     base = base_folder("qwen3", tmp_path / "base")
 
@@ -138,6 +147,9 @@ def test_a_language_model_that_answers_is_adapted_and_merged(tmp_path):
     trainer.save_merged(tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
     np.testing.assert_allclose(Reranker.from_pretrained(tmp_path / "merged").score(pairs), scores, atol=1e-5)
+    gathered = merge_adapters(trainer.model, trainer.model.state_dict())
+    assert gathered.lm_head.weight is gathered.model.embed_tokens.weight
+    assert_same(gathered.state_dict(), merge_adapters(trainer.model).state_dict(), 0)
 
 
 def test_a_base_in_half_precision_stays_as_it_is_and_what_is_trained_is_float32(tmp_path):

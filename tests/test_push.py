@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from safetensors.torch import load
 from test_hub import TOKEN, client
+from test_sharded import FSDP, KINDS
+from tiny_models import tiny_model
 
 TRAIN = """
 import os, sys
@@ -33,6 +36,40 @@ for strategy in ("end", "every_save", "checkpoint", "all_checkpoints"):
     )
     trainer.train()
     trainer.push_to_hub()
+"""
+
+ANSWERS = """
+tokenizer = tiny_tokenizer("qwen3")
+tokenizer.chat_template = ASKING
+trainer = make_trainer(
+    "qwen3", Path({out!r}) / "answers", tiny_language_model("qwen3"), tokenizer, yes_no=True,
+    per_device_train_batch_size=3, save_strategy="steps", save_steps=1,
+    push_to_hub=True, hub_strategy="every_save", hub_model_id="user/answers", hub_token=token,
+)
+trainer.train()
+"""
+
+SHARDED = """
+trainer = make_trainer(
+    "bert", Path({out!r}) / "parts", per_device_train_batch_size=1, save_strategy="steps", save_steps=2,
+    push_to_hub=True, hub_strategy="every_save", hub_model_id="user/parts", hub_token=token,
+)
+trainer.train()
+trainer._finish_current_push()
+trainer.save_model()  # pushes, too
+trainer.end()
+"""
+
+OTHERS = """
+import os, sys
+from pathlib import Path
+
+token = os.environ.pop("TOKEN_OF_THE_TEST")
+os.environ["HF_HUB_OFFLINE"] = "0"  # or the tests would switch it on
+sys.path.insert(0, {tests!r})
+from test_backbones import make_trainer
+from test_yes_no import ASKING
+from tiny_models import tiny_language_model, tiny_tokenizer
 """
 
 
@@ -83,3 +120,46 @@ def test_each_strategy_pushes_when_it_says(pushed):
     ).keys()
     # transformers pickles its arguments where it pushes in the middle of a run, and nowhere else.
     assert "training_args.bin" not in hub.files("model", "user/end")
+
+
+def in_progress(hub: HubServer, name: str) -> list[dict[str, bytes]]:
+    """Files of the commits that were made while a run went on."""
+    commits = hub.repos["model", f"user/{name}"].commits
+    return [
+        {path: blob.content for path, blob in files.items()}
+        for _, message, files in commits
+        if message.startswith("Training in progress")
+    ]
+
+
+def test_what_is_pushed_in_the_middle_of_a_run_tells_how_a_yes_or_no_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKEN_OF_THE_TEST", TOKEN)
+    names = {"tests": str(Path(__file__).parent), "out": str(tmp_path)}
+    with HubServer(tokens={TOKEN: "user"}) as hub:
+        done = client(hub, tmp_path / "home", None, (OTHERS + ANSWERS).format(**names))
+        assert done.returncode == 0, done.stderr[-3000:]
+        pushed = in_progress(hub, "answers")
+    assert pushed
+    for files in pushed:
+        assert {"modules.json", "1_LogitScore/config.json", "model.safetensors", "tokenizer.json"} <= files.keys()
+
+
+def test_weights_that_are_in_parts_are_pushed_whole(tmp_path, monkeypatch):
+    """Two processes share a model by FSDP2, and their checkpoints are in parts."""
+    monkeypatch.setenv("TOKEN_OF_THE_TEST", TOKEN)
+    for name, value in {**FSDP, **KINDS["fsdp2 with sharded checkpoints"]}.items():
+        monkeypatch.setenv(name, value)
+    tests = Path(__file__).parent
+    script = tmp_path / "run.py"
+    script.write_text((OTHERS + SHARDED).format(tests=str(tests), out=str(tmp_path)))
+    launch = "import runpy; runpy.run_module('torch.distributed.run', run_name='__main__', alter_sys=True)"
+    arguments = ["--standalone", "--nproc-per-node=2", str(tests / "fsdp_on_cpu.py"), str(script)]
+    with HubServer(tokens={TOKEN: "user"}) as hub:
+        done = client(hub, tmp_path / "home", None, launch, *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+        during, after = in_progress(hub, "parts"), hub.files("model", "user/parts")
+    names = tiny_model("bert").state_dict().keys()
+    saved = (tmp_path / "parts" / "model.safetensors").read_bytes()
+    assert during and all(load(files["model.safetensors"]).keys() == names for files in during)
+    assert load(after["model.safetensors"]).keys() == names and after["model.safetensors"] == saved
+    assert not list((tmp_path / "parts").glob("checkpoint-*/model.safetensors"))
