@@ -25,6 +25,7 @@ from lce_trainer.collator import GroupCollator
 from lce_trainer.errors import TrainingError
 from lce_trainer.groups import load_groups
 from lce_trainer.loading import load_model, load_tokenizer, pairing_tokenizer
+from lce_trainer.misuse import check_use
 from lce_trainer.precision import resolve_dtype
 from lce_trainer.run import Run, is_stale, processes
 from lce_trainer.trainer import LCETrainer
@@ -76,6 +77,7 @@ def check_training(run: Run) -> None:
         LCETrainerError: They cannot be used, or there is no such base model.
     """
     args = _arguments(run, run.recipe.train.arguments, run.root / "checkpoints")
+    check_use(args)
     tokenizer = pairing_tokenizer(run.recipe.train.model, args.yes_no)
     GroupCollator(tokenizer, args.group_size, args.max_length, args.max_query_length)
     lora(run.recipe.train.lora)

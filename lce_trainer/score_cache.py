@@ -158,7 +158,9 @@ def cache_gradients(
         for chunk in chunks:
             states.append(_random_state(chunk["input_ids"].device))
             scores.append(score(chunk)[: len(chunk["places"])])
-    leaf = torch.cat(scores).requires_grad_()
+    # In half precision the gradient would be rounded, and in float16 vanish before the loss is scaled.
+    together = torch.cat(scores)
+    leaf = together.to(torch.promote_types(together.dtype, torch.float32)).requires_grad_()
     whole = {**chunks[0], "places": torch.cat([chunk["places"] for chunk in chunks])}
     loss = loss_of(leaf, whole)
     (gradient,) = torch.autograd.grad(loss, leaf)

@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl
@@ -32,7 +33,8 @@ from lce_trainer.loading import prepare
 from lce_trainer.lockstep import pass_overhead, shard_by_layer
 from lce_trainer.loss import group_losses
 from lce_trainer.metrics import group_metrics, mean_over_sets
-from lce_trainer.packing import batch_scores, enable_packing, packed_scores, packs, padded_scores
+from lce_trainer.misuse import check_use
+from lce_trainer.packing import batch_scores, disable_packing, enable_packing, packed_scores, packs, padded_scores
 from lce_trainer.sampling import GroupSampler, group_sampler
 from lce_trainer.score_cache import cut_step, gather_scores, run_step
 from lce_trainer.scoring import score_pairs, tokens_at_once
@@ -77,21 +79,21 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             model: A model with one label, a language model that answers yes or no, or the name of one
                 (Hub id, folder, ``package:``); a base gets a new head, drawn from ``args.seed``.
             args: The settings.
-            data_collator: Built from ``args`` if None.
+            data_collator: Built from ``args`` if None; must agree with them otherwise.
             train_dataset: Groups; those that teach nothing are dropped and counted. A stream of them
                 needs ``max_steps``, and is read in its order; see :mod:`lce_trainer.streaming`.
             eval_dataset: Groups, or several sets by name. Every passage of a group is ranked.
             processing_class: The tokenizer; the model's own if the model is given by name.
             peft_config: A ``peft.LoraConfig`` or its like, to train adapters; see :mod:`lce_trainer.adapters`.
-            **kwargs: As ``transformers.Trainer`` takes them.
+            **kwargs: As ``transformers.Trainer`` takes them; what would have no effect is refused.
 
         Raises:
             TrainingError: Model, tokenizer and settings do not fit together, or no group is usable.
+            ConfigError: A setting would be ignored.
             GroupsError: A dataset does not hold groups.
         """
         args = args or LCETrainingArguments("trainer_output")
-        if processing_class is None and data_collator is not None:
-            processing_class = data_collator.tokenizer
+        processing_class = check_use(args, data_collator, processing_class, kwargs)
         model, processing_class = prepare(model, processing_class, args, peft_config)
         self.counts: dict[str, int] = {}
         if train_dataset is not None:
@@ -116,6 +118,8 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         self.add_callback(self.stream_watch)
         if args.packing == "auto":
             enable_packing(self.model)
+        else:
+            disable_packing(self.model)  # that of an earlier trainer or Reranker
         self._bucket_overhead = pass_overhead(self.accelerator, args.bucket_overhead)
         shard_by_layer(self.accelerator, self.model)
 
@@ -152,6 +156,10 @@ class LCETrainer(Trainer):  # type: ignore[misc]
     def get_test_dataloader(self, test_dataset: datasets.Dataset) -> DataLoader[Any]:
         """As :meth:`get_eval_dataloader`."""
         return self.get_eval_dataloader(test_dataset)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device, and no more: for DeepSpeed transformers would round labels and teacher to half precision."""
+        return send_to_device(data, self.args.device)
 
     # ---- loss
 

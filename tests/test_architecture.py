@@ -40,6 +40,7 @@ LEARNING |= {
     "adapters",
     "score_cache",
     "lockstep",
+    "misuse",
     "scoring",
     "streaming",
 }

@@ -14,7 +14,7 @@ from datasets import Dataset
 from test_trainer import assert_same, lively_model, make_groups, make_trainer, weights
 
 from lce_trainer.errors import TrainingError
-from lce_trainer.score_cache import cut_step, idle_chunk
+from lce_trainer.score_cache import cache_gradients, cut_step, idle_chunk
 
 
 def gradients(trainer) -> dict[str, torch.Tensor]:
@@ -64,6 +64,22 @@ def test_with_dropout_on_the_gradient_is_that_of_one_graph_under_the_same_random
     assert torch.equal(torch.get_rng_state(), after)
     assert max(gradient.abs().max() for gradient in wanted.values()) > 1e-2
     assert_same({name: value / scale for name, value in gradients(trainer).items()}, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_gradient_by_a_score_in_half_precision_is_neither_rounded_nor_lost(dtype, tmp_path):
+    """A float16 cannot be as small as the gradient that a large step leaves to one score, before it is scaled."""
+    trainer = make_trainer(tmp_path, make_groups(4), group_size=6)
+    (part,) = cut_step(trainer.data_collator(list(trainer.train_dataset)), 1)[:1]
+    weight = 1.2345678e-9
+
+    def score(chunk):
+        return torch.ones(len(chunk["lengths"]), dtype=dtype)
+
+    ready, _ = cache_gradients(part, score, lambda scores, whole: scores.double().sum() * weight)
+    for chunk in ready:
+        wide = torch.promote_types(dtype, torch.float32)
+        assert torch.equal(chunk["score_gradient"], torch.tensor([weight], dtype=wide))
 
 
 def test_dropout_is_drawn_anew_for_each_chunk_and_again_alike(tmp_path):
