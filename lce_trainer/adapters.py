@@ -57,6 +57,25 @@ def add_adapters(model: PreTrainedModel, peft_config: Any, mixed_precision: bool
     return adapted
 
 
+def keep_trainable(model: Any) -> None:
+    """See to it that gradients go through a base that bitsandbytes has quantized, whatever is done between two steps.
+
+    A 4-bit layer that is evaluated on a CPU with AVX512-BF16 is laid out for inference, for good, by an operator that
+    gives no gradient back: the adapters below it would stop to learn, and only a warning of torch's would tell.
+
+    Raises:
+        TrainingError: That has happened to the model already.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise TrainingError(
+                    "the quantized model has been used on the CPU, after which bitsandbytes lets no gradient through: "
+                    "load it anew, and score with it after its training"
+                )
+            module.support_avx512bf16_for_cpu = False
+
+
 def lora(config: LoRAConfig) -> Any:
     """The ``peft.LoraConfig`` of a recipe; None if it trains all weights.
 

@@ -16,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-from lce_trainer.adapters import add_adapters, load_merged
+from lce_trainer.adapters import add_adapters, keep_trainable, load_merged
 from lce_trainer.errors import TrainingError
 from lce_trainer.lockstep import not_shared_out
 from lce_trainer.notes import apply_notes, noted_answers, read_json
@@ -146,6 +146,7 @@ def prepare(
         raise TrainingError("pass the tokenizer as processing_class, or the model by its name")
     if model is not None:
         settle(model, tokenizer)
+        keep_trainable(model)
         if peft_config is not None:
             set_seed(args.seed)
             model = add_adapters(model, peft_config, args.bf16 or args.fp16)

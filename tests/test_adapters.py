@@ -10,7 +10,7 @@ from test_backbones import MAX_LENGTH, make_trainer, pairs_of_all_lengths, some_
 from test_trainer import assert_same
 from test_yes_no import ASKING
 from tiny_models import FAMILIES, lively, tiny_config, tiny_language_model, tiny_model, tiny_tokenizer, without_dropout
-from transformers import AutoModelForSequenceClassification, BertModel
+from transformers import AutoModelForSequenceClassification, BertModel, BitsAndBytesConfig
 
 from lce_trainer.adapters import head_modules, merge_adapters
 from lce_trainer.errors import TrainingError
@@ -168,6 +168,73 @@ def test_a_base_in_half_precision_stays_as_it_is_and_what_is_trained_is_float32(
     }
     assert frozen.keys() == before.keys()
     assert all(torch.equal(parameter, before[name]) for name, parameter in frozen.items())
+
+
+def quantized(base):
+    """A base in 4 bits, its new head drawn from a seed."""
+    pytest.importorskip("bitsandbytes", reason="quantizes the base")
+    torch.manual_seed(0)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, quantization_config=how)
+
+
+def test_adapters_of_a_quantized_base_are_trained_resumed_and_loaded_onto_the_published_base(tmp_path):
+    base = base_folder("qwen3", tmp_path / "base")
+
+    def trainer():
+        return make_trainer(
+            "qwen3", tmp_path / "run", quantized(base), peft_config=LORA, bf16=True, per_device_train_batch_size=2,
+            num_train_epochs=2, eval_dataset=some_groups(3), eval_strategy="steps", eval_steps=1, save_strategy="steps",
+            save_steps=2, optim="adamw_torch", learning_rate=1e-2,
+        )  # fmt: skip
+
+    whole, resumed = trainer(), trainer()
+    before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
+    assert {tensor.dtype for name, tensor in before.items() if name.endswith("base_layer.weight")} == {torch.uint8}
+    whole.train()
+    torch.manual_seed(99)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    after, again = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in after.items())
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in after if "lora_" in name or "modules_to_save" in name}
+
+    with pytest.raises(TrainingError, match="not merged into a quantized base: save them with save_model"):
+        whole.save_merged(tmp_path / "merged")
+    pairs = pairs_of_all_lengths()
+    scores = Reranker(whole.model, whole.processing_class).score(pairs)
+    whole.save_model()
+    loaded = Reranker.from_pretrained(tmp_path / "run", device="cpu")
+    assert np.corrcoef(loaded.score(pairs), scores)[0, 1] > 0.9
+    loaded.save_pretrained(tmp_path / "published")
+    plain = load_file(tmp_path / "published" / "model.safetensors")
+    layer = "model.layers.0.mlp.up_proj"
+    down, up = (after[f"base_model.model.{layer}.lora_{which}.default.weight"] for which in "AB")
+    wanted = load_file(base / "model.safetensors")[f"{layer}.weight"] + up @ down * (LORA.lora_alpha / LORA.r)
+    torch.testing.assert_close(plain[f"{layer}.weight"], wanted, rtol=0, atol=1e-6)
+
+
+def test_an_evaluation_takes_no_gradient_from_a_quantized_base(tmp_path):
+    base, found = base_folder("qwen3", tmp_path / "base"), []
+    for evaluated in (False, True):
+        trainer = make_trainer(
+            "qwen3", tmp_path, quantized(base), peft_config=LoraConfig(r=4), bf16=True, eval_dataset=some_groups(3)
+        )
+        if evaluated:
+            trainer.evaluate()
+        model = trainer.accelerator.prepare(trainer.model)
+        trainer.training_step(model, trainer.data_collator(list(trainer.train_dataset)), 6)
+        found.append({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None and "lora_B" in n})
+    assert found[0] and all(gradient.abs().max() > 1e-6 for gradient in found[0].values())
+    assert_same(found[1], found[0], 0)
+
+
+def test_a_quantized_model_that_lets_no_gradient_through_is_an_error(tmp_path):
+    model = quantized(base_folder("qwen3", tmp_path / "base"))
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight.quant_state.packing_format_for_cpu = True  # as an evaluation leaves it on some CPUs
+    with pytest.raises(TrainingError, match=r"has been used on the CPU, .*: load it anew"):
+        make_trainer("qwen3", tmp_path, model, peft_config=LORA, bf16=True)
 
 
 def test_adapters_of_a_given_model_are_drawn_from_the_seed(tmp_path):
