@@ -11,7 +11,10 @@ import pytest
 import torch
 from conftest import WORDS, build_model
 from datasets import Dataset
+from test_backbones import make_trainer as make_trainer_of
 from test_trainer import assert_same, lively_model, make_groups, make_trainer, weights
+from test_yes_no import ASKING
+from tiny_models import DECODERS, FAMILIES, tiny_language_model, tiny_model, tiny_tokenizer
 
 from lce_trainer.errors import TrainingError
 from lce_trainer.score_cache import cache_gradients, cut_step, idle_chunk
@@ -80,6 +83,34 @@ def test_the_gradient_by_a_score_in_half_precision_is_neither_rounded_nor_lost(d
     for chunk in ready:
         wide = torch.promote_types(dtype, torch.float32)
         assert torch.equal(chunk["score_gradient"], torch.tensor([weight], dtype=wide))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *[f"{family} that answers" for family in DECODERS]])
+def test_with_dropout_on_the_gradient_is_that_of_one_graph_for_every_family(family, tmp_path):
+    family, answers, _ = family.partition(" that answers")
+    tokenizer = "its own"
+    if answers:
+        tokenizer = tiny_tokenizer(family)
+        tokenizer.chat_template, tokenizer.pad_token = ASKING, tokenizer.pad_token or tokenizer.eos_token
+    model = (tiny_language_model if answers else tiny_model)(family, dropout=0.3)
+    trainer = make_trainer_of(family, tmp_path, model, tokenizer, micro_batch_size=2)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    assert max(batch["group_sizes"]) == 4 and min(batch["group_sizes"]) == 2
+    steps = {
+        "one graph": lambda: one_graph(trainer, batch).backward(),
+        "cached": lambda: trainer.training_step(model, batch),
+        "other numbers": lambda: trainer.training_step(model, batch),
+    }
+    grads = {}
+    for seed, (name, backward) in zip((7, 7, 8), steps.items(), strict=True):
+        model.zero_grad()
+        torch.manual_seed(seed)
+        backward()
+        grads[name] = gradients(trainer)
+    largest = max(float(gradient.abs().max()) for gradient in grads["one graph"].values())
+    assert_same(grads["cached"], grads["one graph"], 1e-6 * max(largest, 1))
+    with pytest.raises(AssertionError):
+        assert_same(grads["other numbers"], grads["one graph"], 1e-3)
 
 
 def test_dropout_is_drawn_anew_for_each_chunk_and_again_alike(tmp_path):

@@ -156,14 +156,19 @@ def tiny_config(family: str, **settings):
     )
 
 
-def without_dropout(family: str) -> dict[str, float]:
-    """Settings that switch every dropout of a family off."""
+def with_dropout(family: str, rate: float) -> dict[str, float]:
+    """Settings that give every dropout of a family one rate."""
     settings = tiny_config(family).to_dict()
     return {
-        key: 0.0
+        key: rate
         for key, value in settings.items()
         if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
+
+
+def without_dropout(family: str) -> dict[str, float]:
+    """Settings that switch every dropout of a family off."""
+    return with_dropout(family, 0.0)
 
 
 def lively(model: PreTrainedModel) -> PreTrainedModel:
@@ -175,13 +180,14 @@ def lively(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A reranker without dropout."""
+def tiny_model(family: str, seed: int = 0, dropout: float = 0.0) -> PreTrainedModel:
+    """A reranker, without dropout unless told otherwise."""
     torch.manual_seed(seed)
-    return lively(AutoModelForSequenceClassification.from_config(tiny_config(family, **without_dropout(family))))
+    config = tiny_config(family, **with_dropout(family, dropout))
+    return lively(AutoModelForSequenceClassification.from_config(config))
 
 
-def tiny_language_model(family: str, seed: int = 0) -> PreTrainedModel:
+def tiny_language_model(family: str, seed: int = 0, dropout: float = 0.0) -> PreTrainedModel:
     """A decoder with its language-model head."""
     torch.manual_seed(seed)
-    return lively(AutoModelForCausalLM.from_config(tiny_config(family)))
+    return lively(AutoModelForCausalLM.from_config(tiny_config(family, **with_dropout(family, dropout))))
