@@ -86,6 +86,7 @@ def group_losses(
     Returns:
         Loss in nats, shape ``(groups,)``.
     """
+    scores = _at_least_float32(scores)
     lce = lce_loss(scores, target, mask, temperature, reduction="none")
     if not distillation_weight:
         return lce
@@ -93,7 +94,7 @@ def group_losses(
     distilled = distillation_loss(
         scores / temperature, teacher_scores, known, distillation_temperature, reduction="none"
     )
-    weight = distillation_weight * known.any(dim=1)
+    weight = distillation_weight * known.any(dim=1).to(lce.dtype)
     mixed: Tensor = (1 - weight) * lce + weight * distilled
     return mixed
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lce_trainer.loss import distillation_loss, lce_loss
+from lce_trainer.loss import distillation_loss, group_losses, lce_loss
 
 
 def grid(*rows: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,6 +21,29 @@ def reference_lce(rows, labels, target, temperature):
         positive = row[t] / temperature
         total += math.log(sum(math.exp(s) for s in [positive, *competing])) - positive
     return total
+
+
+def chances(scores: dict[int, float], temperature: float) -> dict[int, float]:
+    weights = {place: math.exp(score / temperature) for place, score in scores.items()}
+    return {place: weight / sum(weights.values()) for place, weight in weights.items()}
+
+
+def reference_group(scores, labels, target, teacher, temperature=1.0, weight=0.0, teacher_temperature=1.0):
+    """Loss of one group and its slope by each score, in plain Python; None is a teacher's score that is unknown."""
+    competing = [i for i in range(len(scores)) if i == target or labels[i] < labels[target]]
+    known = [i for i in competing if teacher[i] is not None]
+    weight = weight if known else 0.0
+    won = chances({i: scores[i] for i in competing}, temperature)
+    held = chances({i: scores[i] for i in known}, temperature)
+    wanted = chances({i: teacher[i] for i in known}, teacher_temperature)
+    loss = -(1 - weight) * math.log(won[target])
+    slopes = [0.0] * len(scores)
+    for i in competing:
+        slopes[i] += (1 - weight) * (won[i] - (1.0 if i == target else 0.0)) / temperature
+    for i in known:
+        loss += weight * wanted[i] * math.log(wanted[i] / held[i])
+        slopes[i] += weight * (held[i] - wanted[i]) / temperature
+    return loss, slopes
 
 
 def test_literal_values():
@@ -54,6 +77,31 @@ def test_equals_a_reference_for_ragged_several_positive_and_graded_groups(temper
             assert scores.grad[i, j].item() == pytest.approx(slope / (2 * step), abs=1e-7)
 
 
+@pytest.mark.parametrize("settings", [(0.3, 0.4, 2.5), (2.0, 0.75, 0.2), (0.7, 1.0, 1.5), (0.5, 0.0, 3.0)], ids=str)
+def test_losses_of_groups_and_their_gradients_equal_a_reference_in_plain_python(settings):
+    """Ragged, with several positives, graded; the teacher knows all, some, not the positive, one, or none of them."""
+    generator = torch.Generator().manual_seed(0)
+    labels = [[1, 0, 0, 0, 0], [1, 1, 0], [3, 2, 2, 1, 0, 0, 3], [0, 2, 0], [2, 1, 0, 0], [1, 0], [1, 1, 0, 0]]
+    target = [0, 1, 1, 1, 0, 0, 0]
+    rows = [torch.randn(len(row), generator=generator, dtype=torch.float64).mul(3).tolist() for row in labels]
+    told = [torch.rand(len(row), generator=generator, dtype=torch.float64).mul(4).tolist() for row in labels]
+    told[1][0] = told[2][3] = told[2][5] = told[3][1] = None
+    told[4] = [None] * 4
+    told[6][1:] = [None, 2.0, None]
+    scores, real = grid(*rows)
+    teacher, _ = grid(*[[math.nan if score is None else score for score in row] for row in told])
+    grades, _ = grid(*[[float(grade) for grade in row] for row in labels])
+    columns = torch.tensor(target)
+    mask = (real & (grades < grades.gather(1, columns[:, None]))).scatter(1, columns[:, None], True)
+    losses = group_losses(scores.requires_grad_(), columns, mask, teacher, *settings)
+    (losses * torch.arange(1, 8)).sum().backward()  # so that no two groups weigh the same
+    for i, group in enumerate(zip(rows, labels, target, told, strict=True)):
+        loss, slopes = reference_group(*group, *settings)
+        assert losses[i].item() == pytest.approx(loss, rel=1e-12, abs=1e-12)
+        assert scores.grad[i, : len(slopes)].tolist() == pytest.approx([(i + 1) * s for s in slopes], abs=1e-12)
+        assert (scores.grad[i, len(slopes) :] == 0).all()
+
+
 def test_padding_never_reaches_the_gradient():
     scores, mask = grid([1.0, 2.0, 3.0], [1.0, 0.0])
     scores.requires_grad_()
@@ -79,6 +127,9 @@ def test_half_precision_scores_are_lost_over_in_float32(dtype):
     torch.testing.assert_close(loss, lce_loss(scores.float(), torch.tensor([0]), mask))
     assert lce_loss(scores.double(), torch.tensor([0]), mask).dtype == torch.float64
     assert distillation_loss(scores, scores.float(), mask).dtype == torch.float32
+    told = torch.tensor([[0.2, 0.9, 0.4]])
+    losses = group_losses(scores, torch.tensor([0]), mask, told, 0.7, 0.5, 0.3)
+    assert torch.equal(losses, group_losses(scores.float(), torch.tensor([0]), mask, told, 0.7, 0.5, 0.3))
 
 
 def test_no_groups_have_no_loss():
