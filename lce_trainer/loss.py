@@ -72,7 +72,7 @@ def group_losses(
     distillation_weight: float = 0.0,
     distillation_temperature: float = 1.0,
 ) -> Tensor:
-    """LCE of each group, mixed with the distillation from its teacher's scores where it has some.
+    """LCE of each group, mixed with the distillation from its teacher's scores where it has several.
 
     Args:
         scores: Logits, shape ``(groups, width)``.
@@ -94,7 +94,7 @@ def group_losses(
     distilled = distillation_loss(
         scores / temperature, teacher_scores, known, distillation_temperature, reduction="none"
     )
-    weight = distillation_weight * known.any(dim=1).to(lce.dtype)
+    weight = distillation_weight * (known.sum(dim=1) > 1).to(lce.dtype)  # one score alone says nothing
     mixed: Tensor = (1 - weight) * lce + weight * distilled
     return mixed
 

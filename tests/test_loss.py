@@ -32,7 +32,7 @@ def reference_group(scores, labels, target, teacher, temperature=1.0, weight=0.0
     """Loss of one group and its slope by each score, in plain Python; None is a teacher's score that is unknown."""
     competing = [i for i in range(len(scores)) if i == target or labels[i] < labels[target]]
     known = [i for i in competing if teacher[i] is not None]
-    weight = weight if known else 0.0
+    weight = weight if len(known) > 1 else 0.0
     won = chances({i: scores[i] for i in competing}, temperature)
     held = chances({i: scores[i] for i in known}, temperature)
     wanted = chances({i: teacher[i] for i in known}, teacher_temperature)
@@ -40,7 +40,7 @@ def reference_group(scores, labels, target, teacher, temperature=1.0, weight=0.0
     slopes = [0.0] * len(scores)
     for i in competing:
         slopes[i] += (1 - weight) * (won[i] - (1.0 if i == target else 0.0)) / temperature
-    for i in known:
+    for i in known if weight else []:
         loss += weight * wanted[i] * math.log(wanted[i] / held[i])
         slopes[i] += weight * (held[i] - wanted[i]) / temperature
     return loss, slopes
