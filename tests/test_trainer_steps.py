@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_loss import reference_group
 from test_trainer import assert_same, easy_groups, lively_model, make_groups, make_trainer, weights
 
 WAYS = {
@@ -213,8 +214,25 @@ def test_a_run_without_dropout_differs_from_one_with(tmp_path, whole_batches):
         assert_same(weights(trainer), whole_batches, 1e-6)
 
 
-def test_bf16_trains_on_a_cpu_with_the_loss_in_float32(tmp_path):
+@pytest.mark.parametrize("rounded", ["the arithmetic", "the weights"])
+def test_the_loss_of_half_precision_scores_is_computed_in_float32(rounded, tmp_path):
+    model = lively_model().to(torch.float32 if rounded == "the arithmetic" else torch.bfloat16)
+    run = {"group_size": 6, "bf16": rounded == "the arithmetic", **DISTILLED}
+    trainer = make_trainer(tmp_path, make_groups(6), model=model, **run)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    with trainer.compute_loss_context_manager():
+        model = trainer.accelerator.prepare(trainer.model)
+        loss, grid = trainer.compute_loss(model, batch, return_outputs=True, num_items_in_batch=6)
+    assert torch.equal(grid, grid.bfloat16().to(grid.dtype)) and loss.dtype == torch.float32
+    wanted = 0.0
+    for row, labels, told, size in zip(grid, batch["labels"], batch["teacher"], batch["group_sizes"], strict=True):
+        told = [None if score.isnan() else float(score) for score in told[:size]]
+        wanted += reference_group(row.tolist()[:size], labels.tolist()[:size], 0, told, 0.5, 0.4, 0.3)[0] / 6
+    assert loss.item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_bf16_trains_on_a_cpu_and_keeps_its_weights_in_float32(tmp_path):
     trainer = make_trainer(tmp_path, easy_groups(32), bf16=True, num_train_epochs=2)
     trainer.train()
-    assert trainer.model.classifier.weight.dtype == torch.float32
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     assert trainer.state.log_history[-1]["train_loss"] < np.log(4)
