@@ -1,16 +1,16 @@
 """Several trainers in one process, one step at a time each, in turn.
 
 A machine is not equally fast all day. Steps taken in turn, on the same data, are: their ratio says
-more than two runs' averages do.
+more than two runs' averages do. All run in the main thread, as a script has it: memory that another thread asks for is
+taken from the system anew in every step.
 """
 
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from greenlet import getcurrent, greenlet
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from benchmarks.measure import synchronize
@@ -33,25 +33,17 @@ class Timed:
 
 
 class _Turn(TrainerCallback):
-    """Holds a trainer, running in a thread of its own, at the end of each step until its next turn."""
+    """Hands over to whoever measures before the first step, and after each."""
 
-    def __init__(self) -> None:
-        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        self.error: BaseException | None = None
-        self.aborted = False
+    def __init__(self, measuring: greenlet) -> None:
+        self._measuring = measuring
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._wait(control)
+        self._measuring.switch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         synchronize()
-        self._wait(control)
-
-    def _wait(self, control: Any) -> None:
-        self.done.release()
-        self.go.acquire()
-        if self.aborted:
-            raise InterruptedError
+        self._measuring.switch()
 
 
 def take_turns(trainers: Mapping[str, Trainer], steps: int, warmup: int = 1) -> dict[str, Timed]:
@@ -66,52 +58,21 @@ def take_turns(trainers: Mapping[str, Trainer], steps: int, warmup: int = 1) -> 
         By name.
     """
     timed = {name: Timed() for name in trainers}
-    turns, threads = {}, []
+    turns: dict[str, greenlet] = {}
     for name, trainer in trainers.items():
         trainer.remove_callback(PrinterCallback)
-        turns[name] = turn = _Turn()
-        trainer.add_callback(turn)
-        thread = threading.Thread(target=_train, args=(trainer, turn, torch.get_num_threads()), daemon=True)
-        threads.append(thread)
-        thread.start()
-        turn.done.acquire()
-    try:
-        names = list(trainers)
-        for step in range(warmup + steps):
-            for name in names[step % len(names) :] + names[: step % len(names)]:
-                seconds, cpu_seconds = _step(turns[name])
-                if step >= warmup:
-                    timed[name].seconds.append(seconds)
-                    timed[name].cpu_seconds.append(cpu_seconds)
-    finally:
-        failed = next((turn.error for turn in turns.values() if turn.error), None)
-        for turn in turns.values():
-            turn.aborted = failed is not None
-            turn.go.release()
-        for thread in threads:
-            thread.join()
+        trainer.add_callback(_Turn(getcurrent()))
+        turns[name] = greenlet(trainer.train)
+        turns[name].switch()
+    names = list(trainers)
+    for step in range(warmup + steps):
+        for name in names[step % len(names) :] + names[: step % len(names)]:
+            started, cpu = time.perf_counter(), time.process_time()
+            turns[name].switch()
+            if step >= warmup:
+                timed[name].seconds.append(time.perf_counter() - started)
+                timed[name].cpu_seconds.append(time.process_time() - cpu)
     for name, trainer in trainers.items():
+        turns[name].switch()  # from its last step to its end
         timed[name].losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return timed
-
-
-def _step(turn: _Turn) -> tuple[float, float]:
-    started, cpu = time.perf_counter(), time.process_time()
-    turn.go.release()
-    turn.done.acquire()
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
-    if turn.error is not None:
-        raise turn.error
-    return seconds, cpu_seconds
-
-
-def _train(trainer: Trainer, turn: _Turn, n_threads: int) -> None:
-    torch.set_num_threads(n_threads)  # a new thread starts with the system's number, not the process's
-    try:
-        trainer.train()
-    except InterruptedError:
-        pass
-    except BaseException as error:  # it has to come up in the thread that waits
-        turn.error = error
-    finally:
-        turn.done.release()
