@@ -80,14 +80,15 @@ def medquad_groups(folder: Path = MEDQUAD, *, queries: int = 400, size: int = 8)
     return datasets.Dataset.from_list(rows)
 
 
-def prepare_checkpoint(name: str, folder: Path, *, max_length: int = 256, seed: int = 13) -> Path:
-    """A reranker that every library loads from one folder, with no dropout, so that all compute the same.
+def prepare_checkpoint(name: str, folder: Path, *, max_length: int = 256, seed: int = 13, dropout: float = 0.0) -> Path:
+    """A reranker that every library loads from one folder; without dropout all compute the same.
 
     Args:
         name: Model id, folder, ``package:`` name, or one of ``RANDOM``.
         folder: Where to write it.
         max_length: Tokens of a pair at most.
         seed: Of the new head, and of all weights if they are random.
+        dropout: Of every kind there is.
     """
     torch.manual_seed(seed)
     if name in RANDOM:
@@ -98,11 +99,11 @@ def prepare_checkpoint(name: str, folder: Path, *, max_length: int = 256, seed: 
             tokenizer.model_input_names = ["input_ids", "attention_mask"]
         for key, value in config.to_dict().items():
             if "dropout" in key and isinstance(value, float):
-                setattr(config, key, 0.0)
+                setattr(config, key, dropout)
         model = AutoModelForSequenceClassification.from_config(config)
     else:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
-        model = load_model(name, dropout=0.0)
+        model = load_model(name, dropout=dropout)
     tokenizer.model_max_length = max_length
     model.config.sentence_transformers = dict(RAW_SCORES)
     model.save_pretrained(folder)
