@@ -8,13 +8,17 @@ from transformers import TrainingArguments
 
 from lce_trainer.errors import ConfigError
 
+DEFAULT_METRIC = "ndcg@10"  # that chooses the best checkpoint, and that early stopping goes by
+
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedulers that follow an evaluation's figure
+
 
 @dataclass
 class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
     """``transformers.TrainingArguments``, with what a reranker's training needs besides.
 
-    Batch sizes count groups, so a step shows ``per_device_train_batch_size * group_size`` pairs
-    on each device. The Hub token is never part of what is saved or pickled.
+    Batch sizes count groups, so a batch shows ``per_device_train_batch_size * group_size`` pairs at
+    most on each device. The Hub token is never part of what is saved or pickled.
 
     Raises:
         ConfigError: A value cannot be used; transformers' own complaints come as this too.
@@ -147,9 +151,9 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             # Otherwise transformers refuses bf16 on a machine that has no GPU but may well multiply it.
             self.use_cpu = True
         if getattr(self, "metric_for_best_model", None) is None and (
-            self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+            self.load_best_model_at_end or self.lr_scheduler_type in _BY_METRIC or self.save_strategy == "best"
         ):
-            self.metric_for_best_model = "ndcg@10"
+            self.metric_for_best_model = DEFAULT_METRIC
         for item in fields(self):
             value = getattr(self, item.name, None)
             # YAML reads 2e-5 as a string.
@@ -162,6 +166,12 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             super().__post_init__()
         except ValueError as error:
             raise ConfigError(" ".join(str(error).split())) from None
+        if self.lr_scheduler_type in _BY_METRIC:
+            # Both take a lower metric for a better one unless told, and transformers does not tell them.
+            told: dict[str, Any] = {"mode": "max" if self.greater_is_better else "min"}
+            if self.lr_scheduler_type == "greedy":
+                told["min_lr"] = 0.0  # its own floor, 1e-3, lies above what rerankers train with: nothing would be cut
+            self.lr_scheduler_kwargs = told | (getattr(self, "lr_scheduler_kwargs", None) or {})
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False  # of a stream: our batches are no plain tensors
         self._check()
@@ -185,6 +195,10 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             raise ConfigError(
                 "label_smoothing_factor must be 0: LCE does not use it; for a softer target distil from scores, see "
                 "distillation_weight"
+            )
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise ConfigError(
+                "save_strategy is best, but nothing is ever evaluated: set eval_strategy to steps or epoch"
             )
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns must be false: the groups' columns are not the model's inputs")

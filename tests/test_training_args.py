@@ -35,6 +35,21 @@ def test_ranking_decides_which_checkpoint_is_best(tmp_path):
     )
     assert (args.metric_for_best_model, args.greater_is_better) == ("ndcg@10", True)
     assert LCETrainingArguments(str(tmp_path)).metric_for_best_model is None
+    best = LCETrainingArguments(str(tmp_path), eval_strategy="epoch", save_strategy="best")
+    assert (best.metric_for_best_model, best.greater_is_better) == ("ndcg@10", True)
+
+
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+def test_a_scheduler_that_follows_a_metric_is_told_which_way_is_better(kind, tmp_path):
+    def mode(**settings):
+        args = LCETrainingArguments(str(tmp_path), lr_scheduler_type=kind, eval_strategy="epoch", **settings)
+        return args.lr_scheduler_kwargs["mode"]
+
+    assert mode() == mode(metric_for_best_model="eval_dev_mrr@10") == "max"
+    assert mode(metric_for_best_model="loss") == mode(greater_is_better=False) == "min"
+    assert mode(lr_scheduler_kwargs={"patience": 3}) == mode(lr_scheduler_kwargs='{"patience": 3}') == "max"
+    assert mode(lr_scheduler_kwargs={"mode": "min"}) == "min"
+    assert LCETrainingArguments(str(tmp_path)).lr_scheduler_kwargs is None
 
 
 @pytest.mark.parametrize(
@@ -52,6 +67,7 @@ def test_ranking_decides_which_checkpoint_is_best(tmp_path):
         ({"ddp_broadcast_buffers": True}, "ddp_broadcast_buffers must be false"),
         ({"train_sampling_strategy": "group_by_length"}, "random or sequential"),
         ({"eval_strategy": "sometimes"}, "sometimes"),
+        ({"save_strategy": "best"}, "save_strategy is best, but nothing is ever evaluated"),
         ({"load_best_model_at_end": True}, "save and eval strategy to match"),
     ],
 )
