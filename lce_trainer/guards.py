@@ -59,9 +59,13 @@ def usable_groups(groups: Any, args: LCETrainingArguments) -> tuple[datasets.Dat
             f"none of {counts['groups_read']} groups is usable: {counts['groups_without_positive']} have no positive "
             f"and {counts['groups_without_negative']} no negative"
         )
-    if args.distillation_weight and not _has_teacher(usable):
+    if args.distillation_weight:
+        _check_scores(usable)
+    batch = args.train_batch_size * (1 if args.split_groups else args.world_size)
+    if args.dataloader_drop_last and len(usable) < batch:
         raise TrainingError(
-            "distillation_weight is above 0, but no group has scores of two passages or more to learn from"
+            f"dataloader_drop_last leaves nothing of {len(usable)} groups, for a batch has {batch} on all devices: "
+            "lower per_device_train_batch_size, or set dataloader_drop_last to false"
         )
     if torn := count_contradictions(usable):
         logger.warning(
@@ -72,12 +76,22 @@ def usable_groups(groups: Any, args: LCETrainingArguments) -> tuple[datasets.Dat
     return usable, counts
 
 
-def _has_teacher(groups: datasets.Dataset) -> bool:
-    """Whether there is a group with two scores, since one alone says nothing."""
-    scores = groups.select_columns("scores").with_format("arrow")[:]["scores"]
-    lengths = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
-    known = pc.fill_null(pc.is_finite(pc.list_flatten(scores)), False).to_numpy()
-    return bool((np.bincount(np.repeat(np.arange(len(lengths)), lengths)[known]) > 1).any())
+def _check_scores(groups: datasets.Dataset) -> None:
+    """Check that no score is infinite, and that some group has two, since one alone says nothing."""
+    table = groups.select_columns(["query_id", "scores"]).with_format("arrow")[:]
+    lengths = pc.fill_null(pc.list_value_length(table["scores"]), 0).to_numpy()
+    row, items = np.repeat(np.arange(len(lengths)), lengths), pc.list_flatten(table["scores"])
+    infinite = pc.fill_null(pc.is_inf(items), False).to_numpy()
+    if infinite.any():
+        raise TrainingError(
+            f"query {table['query_id'][int(row[infinite][0])].as_py()!r}: one of its scores is infinite, and is to be "
+            "distilled from: write null for a score that is not known"
+        )
+    known = pc.fill_null(pc.is_finite(items), False).to_numpy()
+    if not (np.bincount(row[known]) > 1).any():
+        raise TrainingError(
+            "distillation_weight is above 0, but no group has scores of two passages or more to learn from"
+        )
 
 
 def by_name(eval_dataset: EvalDataset) -> dict[str, datasets.Dataset]:
@@ -262,17 +276,24 @@ class LearningWatch(TrainerCallback):  # type: ignore[misc]
     """
 
     least_groups = 64
+    unlogged_steps = 50  # after which a run without logs is looked at; chosen by us
 
-    def __init__(self) -> None:
+    def __init__(self, take: Callable[[], dict[str, float]]) -> None:
+        """Take what gives the sums since the last time, as :meth:`Tally.take`; asked on all ranks at once."""
+        self.take = take
         self.seen: list[dict[str, float]] = []
         self.verdict: bool | None = None
         self.collapsed = False
 
-    def see(self, step: int, sums: dict[str, float]) -> None:
-        """Take in the sums of one log."""
+    def look(self, step: int) -> dict[str, float]:
+        """Take in, and return, the sums since the last time."""
+        sums = self.take()
+        if sums["groups"]:
+            self._see(step, sums)
+        return sums
+
+    def _see(self, step: int, sums: dict[str, float]) -> None:
         groups = sums["groups"]
-        if not groups:
-            return
         if not self.seen:
             logger.info(
                 "step %d: loss %.3f where guessing costs %.3f, accuracy@1 %.2f where guessing has %.2f",
@@ -325,7 +346,13 @@ class LearningWatch(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Forget an earlier run."""
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self.take)  # type: ignore[misc]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look and judge where nothing is logged."""
+        if args.logging_strategy == "no" and state.global_step % self.unlogged_steps == 0:
+            self.look(state.global_step)
+            self._judge_in_time(args, state, args.learning_rate)
 
     def on_log(
         self,
@@ -336,18 +363,18 @@ class LearningWatch(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Judge after the warmup."""
+        if logs and "loss_if_guessing" in logs:
+            self._judge_in_time(args, state, logs["learning_rate"])
+
+    def _judge_in_time(self, args: TrainingArguments, state: TrainerState, learning_rate: float) -> None:
         enough = sum(sums["groups"] for sums in self.seen) >= 2 * self.least_groups
-        if (
-            logs
-            and "loss_if_guessing" in logs
-            and enough
-            and state.global_step >= args.get_warmup_steps(state.max_steps)
-        ):
-            self.judge(state.global_step, logs["learning_rate"])
+        if enough and state.global_step >= args.get_warmup_steps(state.max_steps):
+            self.judge(state.global_step, learning_rate)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A run too short for a verdict gets one at its end."""
+        """What came after the last log counts too, and a run too short for a verdict gets one at its end."""
+        self.look(state.global_step)
         if self.verdict is None:
             self.judge(state.global_step, args.learning_rate)

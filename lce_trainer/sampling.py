@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 from torch.utils.data import Dataset, Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lce_trainer.errors import GroupsError
 from lce_trainer.token_ids import TokenIds
@@ -161,6 +162,31 @@ def group_sampler(rows: int, batch_size: int, args: LCETrainingArguments, epoch:
         shuffle=args.train_sampling_strategy == "random",
         drop_last=args.dataloader_drop_last,
     )
+
+
+class EpochCount(TrainerCallback):  # type: ignore[misc]
+    """Which epoch a run is in.
+
+    The state's own is right when an epoch starts, in fresh, resumed and many-rank runs alike, but for one: after an
+    epoch that a callback ended early it would give that epoch's order once more.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0
+        self._begun = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget an earlier run."""
+        self.__init__()  # type: ignore[misc]
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """One further than the last, and as far as a resumed run had come."""
+        self.now = max(int(state.epoch or 0), self.now + self._begun)
+        self._begun = True
 
 
 class EpochGroups(Dataset[dict[str, Any] | None]):

@@ -7,8 +7,9 @@ each pass over the stream is an epoch of the sampling inside of it.
 
 import copy
 import logging
+import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain, count, islice
 from typing import Any, TypeAlias
 
@@ -60,7 +61,11 @@ def check_stream(stream: Any, args: LCETrainingArguments) -> None:
 
 
 def training_rows(
-    groups: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, args: LCETrainingArguments
+    groups: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    args: LCETrainingArguments,
+    evaluated: Iterable[datasets.Dataset] = (),
 ) -> "StreamedGroups | EpochGroups":
     """What a DataLoader reads: rows that know their epoch.
 
@@ -69,12 +74,17 @@ def training_rows(
         tokenizer: Of the model.
         batch_size: Groups of a batch on one rank.
         args: How many ranks there are and how many batches make a step.
+        evaluated: Evaluation sets, whose queries are looked for in a stream.
     """
     if not is_stream(groups):
         return EpochGroups(groups, token_ids(groups, tokenizer, args))
     copies = args.world_size if args.split_groups else 1
     batch = batch_size * args.world_size // copies
-    return StreamedGroups(groups, batch, args.gradient_accumulation_steps, args.dataloader_drop_last, copies)
+    asked = frozenset(_normalized(query) for rows in evaluated for query in rows["query"])
+    distil = args.distillation_weight > 0
+    return StreamedGroups(
+        groups, batch, args.gradient_accumulation_steps, args.dataloader_drop_last, copies, asked, distil
+    )
 
 
 class StreamedGroups(IterableDataset[Row | None]):
@@ -85,7 +95,14 @@ class StreamedGroups(IterableDataset[Row | None]):
     """
 
     def __init__(
-        self, stream: Iterable[Row], batch: int, batches: int, drop_last: bool = False, copies: int = 1
+        self,
+        stream: Iterable[Row],
+        batch: int,
+        batches: int,
+        drop_last: bool = False,
+        copies: int = 1,
+        asked: Collection[str] = (),
+        distil: bool = False,
     ) -> None:
         """Describe the steps.
 
@@ -96,8 +113,12 @@ class StreamedGroups(IterableDataset[Row | None]):
             batches: Batches accumulated in a step.
             drop_last: Leave the last groups of a pass out instead of filling up.
             copies: So many times in a row comes each batch: ranks that share every group take equal ones.
+            asked: As :func:`usable_rows` takes them.
+            distil: Likewise.
         """
         self.stream = stream
+        self.asked = asked
+        self.distil = distil
         self.batch = batch
         self.step = batch * batches
         self.drop_last = drop_last
@@ -119,7 +140,7 @@ class StreamedGroups(IterableDataset[Row | None]):
 
     def _batches(self, stream: Iterable[Row], epoch: int) -> Iterator[list[Row | None]]:
         """One pass, in whole steps."""
-        rows = usable_rows(stream, epoch)
+        rows = usable_rows(stream, epoch, self.asked, self.distil)
         steps = 0
         while taken := list(islice(rows, self.step)):
             if len(taken) < self.step and self.drop_last:
@@ -134,16 +155,18 @@ class StreamedGroups(IterableDataset[Row | None]):
             raise TrainingError(f"the stream holds less than one step of {self.step} groups: no dataloader_drop_last")
 
 
-def usable_rows(stream: Iterable[Row], epoch: int) -> Iterator[Row]:
+def usable_rows(stream: Iterable[Row], epoch: int, asked: Collection[str] = (), distil: bool = False) -> Iterator[Row]:
     """Groups of one pass that teach something.
 
     Args:
         stream: Rows.
         epoch: Of the pass.
+        asked: Queries that are evaluated on, lower-cased and without outer spaces; they are counted.
+        distil: Whether the scores will be used, and must not be infinite.
 
     Returns:
         Rows with their ``epoch``, and with ``stream``: the epoch, and how many rows of the pass were
-        read, and left out for having no positive and no negative, up to here.
+        read, left out for having no positive and no negative, and are asked in evaluations, up to here.
 
     Raises:
         GroupsError: A row is no group.
@@ -151,11 +174,12 @@ def usable_rows(stream: Iterable[Row], epoch: int) -> Iterator[Row]:
     """
     if hasattr(stream, "set_epoch"):
         stream.set_epoch(epoch)
-    read = no_positive = no_negative = 0
+    read = no_positive = no_negative = shared = 0
     held: Row | None = None
     for row in _rows(stream):
-        group = _group(row, read)
+        group = _group(row, read, distil)
         read += 1
+        shared += bool(asked) and _normalized(group["query"]) in asked
         best = max(group["labels"], default=0)
         if best <= 0:
             no_positive += 1
@@ -164,7 +188,7 @@ def usable_rows(stream: Iterable[Row], epoch: int) -> Iterator[Row]:
         else:
             if held is not None:
                 yield held
-            held = {**group, "epoch": epoch, "stream": (epoch, read, no_positive, no_negative)}
+            held = {**group, "epoch": epoch, "stream": (epoch, read, no_positive, no_negative, shared)}
     if held is None and not read:
         again = f" on pass {epoch + 1}: it must start over each time it is iterated" if epoch else ""
         raise TrainingError(f"the stream gave no row{again}")
@@ -174,7 +198,11 @@ def usable_rows(stream: Iterable[Row], epoch: int) -> Iterator[Row]:
             "negative"
         )
     # The last one also tells of those after it.
-    yield {**held, "stream": (epoch, read, no_positive, no_negative)}
+    yield {**held, "stream": (epoch, read, no_positive, no_negative, shared)}
+
+
+def _normalized(query: str) -> str:
+    return query.lower().strip()
 
 
 def _rows(stream: Iterable[Row]) -> Iterator[Row]:
@@ -187,7 +215,7 @@ def _rows(stream: Iterable[Row]) -> Iterator[Row]:
             yield dict(zip(batch, values, strict=True))
 
 
-def _group(row: Mapping[str, Any], number: int) -> Row:
+def _group(row: Mapping[str, Any], number: int, distil: bool) -> Row:
     """A row as a group.
 
     Raises:
@@ -211,6 +239,8 @@ def _group(row: Mapping[str, Any], number: int) -> Row:
     for name, have in (("labels", len(labels)), ("scores", len(passages) if scores is None else len(scores))):
         if have != len(passages):
             raise GroupsError(f"{where}: {have} {name} for {len(passages)} passages")
+    if distil and any(score is not None and math.isinf(score) for score in scores or []):
+        raise GroupsError(f"{where}: a score is infinite: write null for one that is not known")
     return {
         "query_id": str(query_id),
         "query": query,
@@ -230,6 +260,7 @@ class StreamWatch(TrainerCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.epoch = -1
         self.counts: dict[str, int] = {}
+        self.told = False
 
     def see(self, batches: list[dict[str, Any]], accelerator: Any) -> dict[str, int]:
         """Take in a step, and return the counts of the pass.
@@ -242,7 +273,7 @@ class StreamWatch(TrainerCallback):  # type: ignore[misc]
             TrainingError: The ranks read different rows.
         """
         told = [batch.get("stream") for batch in batches]
-        last = next((some for some in reversed(told) if some), (-1,) * 5)
+        last = next((some for some in reversed(told) if some), (-1,) * 6)
         first = told[0][-1] if told and told[0] else -1
         ranks = accelerator.gather(torch.tensor([[*last[:-1], first]], device=accelerator.device)).tolist()
         if len({seen for *_, seen in ranks} - {-1}) > 1:
@@ -250,9 +281,16 @@ class StreamWatch(TrainerCallback):  # type: ignore[misc]
                 "the ranks read different rows of the stream: pass it whole, not split by node, and shuffle it with a "
                 "seed"
             )
-        epoch, read, no_positive, no_negative, _ = max(ranks)
+        epoch, read, no_positive, no_negative, shared, _ = max(ranks)
         if epoch < 0:
             return self.counts
+        if shared and not self.told:
+            self.told = True
+            logger.warning(
+                "%d of the first %d groups of the stream have queries that are also evaluated on, so those figures say "
+                "too much",
+                *(shared, read),
+            )
         if epoch != self.epoch:
             self.report()
         self.epoch = epoch

@@ -1,22 +1,21 @@
 """LCETrainer: ``transformers.Trainer`` that learns to rank from groups."""
 
-import time
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from lce_trainer import saving
 from lce_trainer.checkpoints import checkpoint_to_resume, final_state, sealed_checkpoint
 from lce_trainer.collator import Batch, GroupCollator, group_collator
 from lce_trainer.errors import TrainingError
+from lce_trainer.eval_loop import measure_groups, one_evaluation, settle_early_stopping
 from lce_trainer.forecast import TellForecast
 from lce_trainer.guards import (
     EvalDataset,
@@ -32,14 +31,13 @@ from lce_trainer.guards import (
 from lce_trainer.loading import prepare
 from lce_trainer.lockstep import pass_overhead, shard_by_layer
 from lce_trainer.loss import group_losses
-from lce_trainer.metrics import group_metrics, mean_over_sets
+from lce_trainer.metrics import mean_over_sets
 from lce_trainer.misuse import check_use
-from lce_trainer.packing import batch_scores, disable_packing, enable_packing, packed_scores, packs, padded_scores
-from lce_trainer.sampling import GroupSampler, group_sampler
+from lce_trainer.packing import disable_packing, enable_packing, packed_scores, packs, padded_scores
+from lce_trainer.sampling import EpochCount, GroupSampler, group_sampler
 from lce_trainer.score_cache import cut_step, gather_scores, run_step
-from lce_trainer.scoring import score_pairs, tokens_at_once
 from lce_trainer.streaming import StreamWatch, is_stream, training_rows
-from lce_trainer.training_args import LCETrainingArguments
+from lce_trainer.training_args import LCETrainingArguments, show_messages
 
 
 class LCETrainer(Trainer):  # type: ignore[misc]
@@ -59,7 +57,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         trainer.save_model()
     """
 
-    # compute_loss divides by the groups of the whole step itself.
+    # compute_loss divides by the groups of the whole step itself; see also model_accepts_loss_kwargs below.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -93,6 +91,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             GroupsError: A dataset does not hold groups.
         """
         args = args or LCETrainingArguments("trainer_output")
+        show_messages(args)
         processing_class = check_use(args, data_collator, processing_class, kwargs)
         model, processing_class = prepare(model, processing_class, args, peft_config)
         self.counts: dict[str, int] = {}
@@ -109,11 +108,14 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             processing_class=processing_class,
             **kwargs,
         )
+        self.model_accepts_loss_kwargs = True  # what says so before transformers 5.19
         check_model(self.accelerator.unwrap_model(self.model), processing_class, args)
         self.tally = Tally()
-        self.watch = LearningWatch()
+        self.watch = LearningWatch(lambda: self.tally.take(self.accelerator))
+        self.epochs = EpochCount()
         self.stream_watch = StreamWatch()
-        self.add_callback(self.watch)
+        for callback in (self.watch, self.epochs):
+            self.add_callback(callback)
         self.add_callback(TellForecast(self))
         self.add_callback(self.stream_watch)
         if args.packing == "auto":
@@ -130,7 +132,13 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         if self.train_dataset is None:
             raise TrainingError("training needs a train_dataset of groups")
         loader: DataLoader[Batch] = self._get_dataloader(
-            dataset=training_rows(self.train_dataset, self.processing_class, self._train_batch_size, self.args),
+            dataset=training_rows(
+                self.train_dataset,
+                self.processing_class,
+                self._train_batch_size,
+                self.args,
+                by_name(self.eval_dataset).values(),
+            ),
             description="Training",
             batch_size=self._train_batch_size,
             sampler_fn=self._get_train_sampler,
@@ -139,10 +147,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
-        # The state's epoch is right when an epoch starts, in fresh, resumed and many-rank runs alike.
-        return group_sampler(
-            len(self.train_dataset), self._train_batch_size, self.args, lambda: int(self.state.epoch or 0)
-        )
+        return group_sampler(len(self.train_dataset), self._train_batch_size, self.args, lambda: self.epochs.now)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Carries the groups to :meth:`evaluation_loop`, which makes its own batches of pairs."""
@@ -269,9 +274,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the curves of the groups since the last log."""
         if "loss" in logs:
-            sums = self.tally.take(self.accelerator)
-            self.watch.see(self.state.global_step, sums)
-            logs.update(curves(sums))
+            logs.update(curves(self.watch.look(self.state.global_step)))
         super().log(logs, start_time)
 
     # ---- evaluation
@@ -283,15 +286,16 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
         Several sets give ``eval_NAME_ndcg@10``, and ``eval_ndcg@10`` is then their plain mean.
         """
-        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        names = list(by_name(self.eval_dataset if eval_dataset is None else eval_dataset))
-        if means := mean_over_sets(metrics, names, metric_key_prefix):
-            # Dashboards and early stopping have seen each set alone so far.
+        sets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(sets, dict):
+            alone: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return alone
+        with one_evaluation(self.callback_handler):  # each set is logged by itself
+            metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if means := mean_over_sets(metrics, list(sets), metric_key_prefix):
             metrics |= means
             self.log(means)
-            self.control: TrainerControl = self.callback_handler.on_evaluate(
-                self.args, self.state, self.control, metrics
-            )
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def evaluation_loop(
@@ -303,45 +307,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Score every passage of every group once, on some rank, and measure the rankings."""
-        started = time.perf_counter()
-        groups: Any = dataloader.dataset
-        labels = [np.asarray(row, dtype=np.float64) for row in groups["labels"]]
-        pairs = [
-            (query, text) for query, texts in zip(groups["query"], groups["passages"], strict=True) for text in texts
-        ]
-        flat = self._score_pairs(self._eval_model(), pairs, description)
-        scores = np.split(flat, np.cumsum([len(row) for row in labels])[:-1])
-        query_ids = groups["query_id" if "query_id" in groups.column_names else "query"]
-        metrics = group_metrics(scores, labels, self.args.temperature, query_ids)
-        if self.compute_metrics is not None:
-            metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
-        self.tally.pause(time.perf_counter() - started)
-        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=scores, label_ids=labels, metrics=named, num_samples=len(labels))
-
-    def _eval_model(self) -> nn.Module:
-        model: nn.Module = self._wrap_model(self.model, training=False)
-        if not self.accelerator._models and model is self.model:  # evaluated before it was trained
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        if not self.is_in_train and (self.args.fp16_full_eval or self.args.bf16_full_eval):
-            dtype = torch.float16 if self.args.fp16_full_eval else torch.bfloat16
-            model = model.to(dtype=dtype, device=self.args.device)
-        model.eval()
-        return model
-
-    def _score_pairs(self, model: nn.Module, pairs: list[tuple[str, str]], description: str) -> np.ndarray:
-        """Raw logits, shape ``(pairs,)``, the same on every rank."""
-        return score_pairs(
-            lambda batch: batch_scores(model, batch, self.model, self.args.device),
-            self.processing_class,
-            pairs,
-            self.args.max_length,
-            tokens_at_once(self.args.eval_batch_tokens, self.args.device),
-            self.accelerator,
-            desc=description,
-            leave=False,
-            disable=self.args.disable_tqdm or not self.is_local_process_zero(),
-        )
+        return measure_groups(self, dataloader.dataset, description, metric_key_prefix)
 
     # ---- checkpoints
 
@@ -356,6 +322,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         Raises:
             TrainingError: The checkpoint is missing or damaged, or training cannot go on.
         """
+        settle_early_stopping(self.args, self.callback_handler.callbacks)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir))
         over = final_state(checkpoint, self.args, self.get_train_dataloader()) if checkpoint else None
         if checkpoint is None or over is None:

@@ -1,5 +1,6 @@
 """The settings of a training run: transformers' own, and the trainer's."""
 
+import logging
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -226,3 +227,27 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         # transformers pickles its arguments beside every checkpoint, and pushes them.
         return {name: None if name.endswith("_token") else value for name, value in self.__dict__.items()}
+
+
+def show_messages(args: LCETrainingArguments) -> None:
+    """Let what the trainer says be seen, as far as ``log_level`` wants it, where nobody configured logging.
+
+    With ``log_level="passive"`` that is what it has to say on the main process, and warnings on the others; unless
+    transformers was told to be quieter. Where logging is configured, before or after this, messages go there alone,
+    and only a ``log_level`` that was chosen changes how many.
+
+    Args:
+        args: Of the run.
+    """
+    ours, level, passive = logging.getLogger(__package__), args.get_process_log_level(), args.log_level == "passive"
+    configured = ours.hasHandlers()
+    if passive and args.should_log and level == logging.WARNING:
+        level = logging.INFO
+    if not passive or not (configured or ours.level):
+        ours.setLevel(level)
+    if configured:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"[{__package__}] %(message)s"))
+    handler.addFilter(lambda record: not logging.getLogger().handlers)  # configured since
+    ours.addHandler(handler)

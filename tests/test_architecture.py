@@ -31,6 +31,7 @@ LEARNING = {"loss", "sampling", "collator", "training_args", "guards", "trainer"
 LEARNING |= {
     "metrics",
     "evaluation",
+    "eval_loop",
     "forecast",
     "pair_template",
     "notes",

@@ -120,3 +120,20 @@ def test_a_query_that_the_retriever_finds_nothing_for_counts_as_zero(tmp_path):
     for measure in ("eval_ndcg@10", "eval_mrr@10", "eval_map@10"):
         assert both[measure] == one[measure] / 2 > 0
     assert both["eval_loss"] == one["eval_loss"]
+
+
+@pytest.mark.parametrize("score", [float("inf"), float("-inf")])
+def test_a_score_that_is_infinite_is_an_error_if_it_is_distilled_from(score, tmp_path):
+    scores = [[0.5, 0.1, None], None, [0.2, score, 0.3]]
+    rows = Dataset.from_list([{**TRAIN[0], "query_id": f"q{i}", "scores": scores[i]} for i in range(3)])
+    args = LCETrainingArguments(str(tmp_path), distillation_weight=0.5)
+    with pytest.raises(TrainingError, match=r"query 'q2': one of its scores is infinite.*: write null"):
+        usable_groups(rows, args)
+    assert len(usable_groups(rows.select([0, 1]), args)[0]) == 2
+    assert len(usable_groups(rows, LCETrainingArguments(str(tmp_path)))[0]) == 3
+
+
+def test_a_batch_that_is_never_full_is_an_error_where_the_last_one_is_dropped(tmp_path):
+    args = LCETrainingArguments(str(tmp_path), dataloader_drop_last=True, per_device_train_batch_size=3)
+    with pytest.raises(TrainingError, match="dataloader_drop_last leaves nothing of 2 groups, for a batch has 3"):
+        usable_groups(TRAIN, args)

@@ -92,7 +92,7 @@ def test_a_stream_takes_the_groups_that_validation_keeps():
     kept, counts = validate_groups(Dataset.from_list(rows))
     read = list(usable_rows(rows, 0))
     assert [row["query_id"] for row in read] == kept["query_id"][:] == ["q0", "q2", "q4"]
-    assert read[-1]["stream"][1:] == (8, counts["groups_without_positive"], counts["groups_without_negative"])
+    assert read[-1]["stream"][1:4] == (8, counts["groups_without_positive"], counts["groups_without_negative"])
 
 
 def test_labels_draw_as_those_of_a_dataset_do():
@@ -268,6 +268,31 @@ def test_two_ranks_train_and_resume_a_stream_as_one(straight, tmp_path):
 
 
 # ---- guards
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_queries_that_a_stream_shares_with_the_evaluation_are_reported_when_they_come(workers, tmp_path, caplog):
+    rows = make_groups(11)
+    dev = rows.select([5, 9]).map(lambda row: {"query": f" {row['query'].upper()} "})
+    run = {**RUN, "dataloader_num_workers": workers, "gradient_accumulation_steps": 1}
+    make_trainer(tmp_path, rows.to_iterable_dataset(), **run, eval_dataset={"dev": dev}).train()
+    said = [record.getMessage() for record in caplog.records if "also evaluated on" in record.getMessage()]
+    assert said == [
+        "1 of the first 8 groups of the stream have queries that are also evaluated on, so those figures say too much"
+    ]
+    caplog.clear()
+    make_trainer(tmp_path, rows.to_iterable_dataset(), **run, eval_dataset=make_groups(3, seed=5)).train()
+    assert "also evaluated on" not in caplog.text
+
+
+def test_a_score_that_is_infinite_is_an_error_where_a_stream_is_distilled_from(tmp_path):
+    rows = [{**row, "scores": [0.1, None, float("inf"), 0.2]} for row in make_groups(1)]
+    assert take(StreamedGroups(rows, 1, 1), 1) == [("q0", 0)]
+    with pytest.raises(GroupsError, match="row 0 of the stream: a score is infinite: write null"):
+        take(StreamedGroups(rows, 1, 1, distil=True), 1)
+    endless = Dataset.from_list(rows).to_iterable_dataset()
+    with pytest.raises(GroupsError, match="row 0 of the stream: a score is infinite"):
+        make_trainer(tmp_path, endless, **RUN, distillation_weight=0.5).train()
 
 
 def test_what_a_stream_cannot_do_is_an_error_before_the_first_step(tmp_path):

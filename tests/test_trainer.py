@@ -12,6 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, EarlyStoppingCallback, TrainerCallback
 
+from lce_trainer.collator import GroupCollator
 from lce_trainer.errors import GroupsError, TrainingError
 from lce_trainer.loss import lce_loss
 from lce_trainer.metrics import ranking_metrics
@@ -183,6 +184,24 @@ def test_a_collapsed_model_is_reported(tmp_path, caplog):
     assert caplog.text.count("the model has collapsed") == 1
 
 
+@pytest.mark.parametrize("unlogged", [{"logging_strategy": "no"}, {"logging_steps": 1000}])
+def test_what_goes_wrong_is_said_in_a_run_that_logs_nothing(unlogged, tmp_path, caplog):
+    model = build_model()
+    torch.nn.init.zeros_(model.classifier.weight)
+    make_trainer(tmp_path, easy_groups(8), model=model, learning_rate=0.0, **unlogged).train()
+    assert caplog.text.count("the model has collapsed") == 1
+    assert caplog.text.count("nothing is being learned yet: step 1:") == 1
+
+
+def test_a_long_run_without_logs_is_looked_at_on_its_way(tmp_path, caplog):
+    model = build_model()
+    torch.nn.init.zeros_(model.classifier.weight)
+    run = {"logging_strategy": "no", "per_device_train_batch_size": 4, "learning_rate": 0.0}
+    make_trainer(tmp_path, easy_groups(220), model=model, **run).train()
+    assert "step 50: all passages of a query get the same score" in caplog.text
+    assert caplog.text.count("nothing is being learned yet: step 50:") == 1
+
+
 # ---- guards
 
 
@@ -259,20 +278,81 @@ def test_several_sets_have_their_own_figures_and_a_mean(tmp_path):
     assert metrics["eval_ndcg@10"] == pytest.approx(np.mean(both))
 
 
-def test_the_mean_of_several_sets_stops_a_run_early(tmp_path):
+class Evaluations(TrainerCallback):
+    """Writes down what a callback gets to see of an evaluation."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+        self.logged: list[str] = []
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.seen.append(dict(metrics))
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logged += logs
+
+
+@pytest.mark.parametrize("metric", [None, "eval_two_ndcg@10", "eval_one_loss"])
+@pytest.mark.parametrize("best", [True, False])
+def test_several_sets_are_one_evaluation_to_early_stopping(metric, best, tmp_path, caplog):
+    """Patience is counted once, by the mean or by a set of one's own, and no figure is missed."""
     sets = {"one": easy_groups(3), "two": easy_groups(5)}
     run = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    watch = Evaluations()
     trainer = make_trainer(
         tmp_path,
         easy_groups(80),
         eval_dataset=sets,
-        load_best_model_at_end=True,
-        callbacks=[EarlyStoppingCallback(2)],
+        load_best_model_at_end=best,
+        metric_for_best_model=metric,
+        callbacks=[watch, EarlyStoppingCallback(2)],
         learning_rate=0.0,
         **run,
     )
     trainer.train()
     assert trainer.state.global_step == 3  # never better than at step 1
+    assert trainer.state.best_metric == watch.seen[0][metric or "eval_ndcg@10"]
+    assert len(watch.seen) == 3
+    figures = {f"eval_{name}{figure}" for name in ("", "one_", "two_") for figure in ("ndcg@10", "loss")}
+    assert all(figures <= metrics.keys() for metrics in watch.seen) and figures <= set(watch.logged)
+    assert "early stopping is disabled" not in caplog.text
+
+
+def test_early_stopping_without_evaluations_is_an_error_that_says_what_to_set(tmp_path):
+    trainer = make_trainer(tmp_path, easy_groups(4), callbacks=[EarlyStoppingCallback(2)])
+    with pytest.raises(TrainingError, match="EarlyStoppingCallback goes by evaluations: set eval_strategy"):
+        trainer.train()
+
+
+def test_the_best_checkpoints_alone_are_saved(tmp_path):
+    run = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, easy_groups(24), eval_dataset=easy_groups(5), **run)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+def test_a_rising_ndcg_does_not_cut_the_learning_rate_and_a_falling_one_does(kind, tmp_path):
+    def last_rate(*figures: float) -> float:
+        figure = iter(figures)
+        trainer = make_trainer(
+            tmp_path,
+            easy_groups(24),
+            eval_dataset=easy_groups(5),
+            compute_metrics=lambda prediction: {"ndcg@10": next(figure)},
+            lr_scheduler_type=kind,
+            lr_scheduler_kwargs={"patience": 0, "factor": 0.5, "max_lr": 1e-4} if kind == "greedy" else {"patience": 0},
+            learning_rate=1e-4,
+            eval_strategy="steps",
+            eval_steps=1,
+        )
+        trainer.train()
+        rate: float = trainer.optimizer.param_groups[0]["lr"]
+        return rate
+
+    assert last_rate(0.2, 0.4, 0.6) == 1e-4
+    assert last_rate(0.6, 0.4, 0.4) < 1e-4
 
 
 class Ruin(TrainerCallback):
