@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sized
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import has_length
 
 from lce_trainer.artifacts import MANIFEST, file_sha256, read_manifest, write_manifest
 from lce_trainer.errors import ArtifactError, TrainingError
@@ -46,6 +47,20 @@ def sealed_checkpoint(args: TrainingArguments, state: TrainerState, output_dir: 
         seal(folder)
         best = state.best_model_checkpoint
         rotate(output_dir, limit, [folder, *([Path(best)] if best else [])])
+
+
+def save_at_step_ends(callbacks: Iterable[Any]) -> None:
+    """Have transformers' checkpoint on SIGTERM wait for the end of the step that the signal comes in.
+
+    Before that the step has spent random numbers and not changed the weights: a run that goes on from there
+    would draw others.
+
+    Args:
+        callbacks: Of a trainer.
+    """
+    for callback in callbacks:
+        if type(callback).__name__ == "JITCheckpointCallback":
+            callback.on_step_begin = callback.on_pre_optimizer_step = lambda *args, **kwargs: None
 
 
 def seal(folder: Path) -> None:
@@ -149,23 +164,64 @@ def _find(wanted: str | Path | bool | None, output_dir: Path) -> Path | None:
     return folder
 
 
-def final_state(checkpoint: Path, args: TrainingArguments, batches: Sized) -> TrainerState | None:
+def final_state(checkpoint: Path, args: TrainingArguments, batches: Any) -> TrainerState | None:
     """The state of a run that was over when it saved this checkpoint; None if it has steps to go.
 
     ``transformers`` would go on: it forgets that a run had stopped early, and takes one more step before it
-    looks how many there were to be.
+    looks how many there were to be. A run that something else stopped, like a limit of time, has steps to go.
 
     Args:
         checkpoint: Its folder.
         args: Of the run now.
-        batches: Of an epoch on this rank.
+        batches: Of an epoch on this rank; a stream's have no length.
+
+    Raises:
+        TrainingError: There are steps to go, and nothing to go on with but weights.
     """
     state = _state(checkpoint)
-    planned = args.max_steps
-    if planned <= 0:
-        planned = math.ceil(args.num_train_epochs * max(-(-len(batches) // args.gradient_accumulation_steps), 1))
-    stopped = state.stateful_callbacks.get("TrainerControl", {}).get("args", {}).get("should_training_stop")
-    return state if state.global_step >= planned or (stopped and state.max_steps == planned) else None
+    epoch = max(-(-len(batches) // args.gradient_accumulation_steps), 1) if has_length(batches) else None  # in steps
+    planned = args.max_steps if epoch is None or args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    if state.global_step >= planned:
+        why = f"all {planned} steps were done; set num_train_epochs or max_steps higher to train on"
+    elif state.max_steps == planned and _stopped_early(state):
+        why = (
+            f"early stopping ended it at step {state.global_step} of {planned}; to train all the same, start from "
+            "its weights: pass the folder as model, with another output_dir"
+        )
+    else:
+        if not any(checkpoint.glob("rng_state*.pth")):
+            raise TrainingError(
+                f"{checkpoint} holds weights alone (save_only_model), so its run cannot go on from step "
+                f"{state.global_step}: pass the folder as model to start a new run from them"
+            )
+        if epoch is not None:
+            _check_place(checkpoint, state, epoch, args.gradient_accumulation_steps / max(len(batches), 1))
+        return None
+    if args.should_log:
+        logger.warning("nothing is trained: %s was saved by a run that is over: %s", checkpoint, why)
+    return state
+
+
+def _check_place(checkpoint: Path, state: TrainerState, epoch: int, step: float) -> None:
+    """Warn if going on would not begin where the run stopped; an epoch has so many steps, a step is this part of it."""
+    place = state.global_step // epoch + state.global_step % epoch * step
+    if abs((state.epoch or 0) - place) > step / 2:
+        logger.warning(
+            "%s was saved %.2f epochs into its run, and is gone on from at %.2f, where step %d lies with %d steps an "
+            "epoch: groups are missed or come twice. Either an epoch was ended early, or steps had another size",
+            *(checkpoint, state.epoch or 0, place, state.global_step, epoch),
+        )
+
+
+def _stopped_early(state: TrainerState) -> bool:
+    """Whether the patience of a saved early stopping callback had run out."""
+    for saved in state.stateful_callbacks.values():
+        for callback in saved if isinstance(saved, list) else [saved]:
+            patience = callback.get("args", {}).get("early_stopping_patience")
+            waited = callback.get("attributes", {}).get("early_stopping_patience_counter", 0)
+            if patience is not None and waited >= patience:
+                return True
+    return False
 
 
 def _state(checkpoint: Path) -> TrainerState:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from lce_trainer import saving
-from lce_trainer.checkpoints import checkpoint_to_resume, final_state, sealed_checkpoint
+from lce_trainer.checkpoints import checkpoint_to_resume, final_state, save_at_step_ends, sealed_checkpoint
 from lce_trainer.collator import Batch, GroupCollator, group_collator
 from lce_trainer.errors import TrainingError
 from lce_trainer.eval_loop import measure_groups, one_evaluation, settle_early_stopping
@@ -109,6 +109,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # what says so before transformers 5.19
+        save_at_step_ends(self.callback_handler.callbacks)
         check_model(self.accelerator.unwrap_model(self.model), processing_class, args)
         self.tally = Tally()
         self.watch = LearningWatch(lambda: self.tally.take(self.accelerator))

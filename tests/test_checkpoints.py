@@ -2,13 +2,15 @@ import logging
 import os
 import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from killed import killed_at, moments_of
 from test_trainer import Ruin, assert_same, easy_groups, make_groups, make_trainer, weights
-from transformers import EarlyStoppingCallback, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
 from lce_trainer.artifacts import MANIFEST
 from lce_trainer.checkpoints import newest_checkpoint, rotate, seal, verify
@@ -149,7 +151,7 @@ def test_a_checkpoint_named_must_be_there_and_whole(tmp_path, caplog):
     assert "training starts from the beginning, though" in caplog.text and "checkpoint-4" in caplog.text
 
 
-def test_a_run_that_is_over_is_not_trained_on(tmp_path):
+def test_a_run_that_is_over_is_not_trained_on(tmp_path, caplog):
     """Neither at its end nor where it had stopped early, with the best checkpoint loaded; more epochs go on."""
     run = {**RUN, "eval_strategy": "steps", "eval_steps": 1, "num_train_epochs": 8, "learning_rate": 0.02}
     run |= {"eval_dataset": easy_groups(20), "load_best_model_at_end": True, "save_total_limit": 5}
@@ -165,6 +167,7 @@ def test_a_run_that_is_over_is_not_trained_on(tmp_path):
     assert again.train(resume_from_checkpoint=True).global_step == stopped
     assert_same(weights(again), weights(first), 0)
     assert again.state.best_metric == first.state.best_metric
+    assert f"early stopping ended it at step {stopped} of 32" in caplog.text
     shutil.rmtree(tmp_path / f"checkpoint-{stopped}")
     from_before = trainer()
     from_before.train(resume_from_checkpoint=True)
@@ -204,3 +207,85 @@ def test_bf16_and_compiled_runs_resume_bit_equal(kind, tmp_path):
     resumed = trainer(torch_compile=False) if kind == "compiled" else trainer()
     resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
     assert state_of(tmp_path / "checkpoint-4") == wanted
+
+
+class StopAt(TrainerCallback):
+    """Stops a run as a limit of time does: after a step, with a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+class Terminate(TrainerCallback):
+    """SIGTERM in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)  # transformers asks for the checkpoint from a timer
+
+
+@pytest.mark.parametrize("stop", [StopAt, Terminate])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_run_that_a_callback_or_sigterm_stopped_goes_on_to_the_same_end(stop, step, whole_run, tmp_path):
+    """In the middle of an epoch and at its end, though patience has not run out."""
+    run = {**RUN, "save_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "eval_dataset": easy_groups(4)}
+    run |= {"enable_jit_checkpoint": stop is Terminate, "save_total_limit": None}
+    stopped = make_trainer(tmp_path, make_groups(8), callbacks=[stop(step), EarlyStoppingCallback(9)], **run)
+    for callback in stopped.callback_handler.callbacks:
+        if type(callback).__name__ == "JITCheckpointCallback":
+            callback.jit_manager.kill_wait = 0
+    stopped.train()
+    assert stopped.state.global_step == step
+    assert newest_checkpoint(tmp_path) == tmp_path / f"checkpoint-{step}"
+    resumed = make_trainer(tmp_path, make_groups(8), callbacks=[EarlyStoppingCallback(9)], **run)
+    assert resumed.train(resume_from_checkpoint=True).global_step == 4
+    assert state_of(tmp_path / "checkpoint-4") == whole_run[0]
+
+
+def test_it_is_said_why_nothing_is_trained(tmp_path, caplog):
+    make_trainer(tmp_path, make_groups(8), **RUN).train()
+    for epochs, steps in ((2, 4), (1, 2)):
+        caplog.clear()
+        again = make_trainer(tmp_path, make_groups(8), **RUN | {"num_train_epochs": epochs})
+        assert again.train(resume_from_checkpoint=True).global_step == 4
+        assert "nothing is trained" in caplog.text and f"all {steps} steps were done" in caplog.text
+
+
+def test_weights_alone_are_not_gone_on_from(tmp_path):
+    """transformers would begin a new schedule of the learning rate in the middle of the run."""
+    run = {**RUN, "save_only_model": True}
+    make_trainer(tmp_path, make_groups(8), **run, callbacks=[StopAt(3)]).train()
+    again = make_trainer(tmp_path, make_groups(8), **run)
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-3 holds weights alone \(save_only_model\).* pass the folder as"
+    ):
+        again.train(resume_from_checkpoint=True)
+
+
+class EndFirstEpoch(TrainerCallback):
+    """Ends the first epoch after its first step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = state.global_step == 1
+
+
+def test_going_on_where_the_run_did_not_stop_says_that_groups_are_missed(tmp_path, caplog):
+    """After an epoch that a callback ended, and with another batch size."""
+    run = {**RUN, "num_train_epochs": 3, "save_total_limit": None}
+    make_trainer(tmp_path, make_groups(8), callbacks=[EndFirstEpoch(), StopAt(2)], **run).train()
+    make_trainer(tmp_path, make_groups(8), **run).train(resume_from_checkpoint=True)
+    assert "saved 1.50 epochs into its run, and is gone on from at 1.00, where step 2 lies with 2 steps" in caplog.text
+    caplog.clear()
+    make_trainer(tmp_path, make_groups(8), **run).train(resume_from_checkpoint=tmp_path / "checkpoint-3")
+    assert "groups are missed" not in caplog.text
+    smaller = {**run, "per_device_train_batch_size": 2}
+    make_trainer(tmp_path, make_groups(8), **smaller).train(resume_from_checkpoint=tmp_path / "checkpoint-3")
+    assert "saved 1.50 epochs into its run, and is gone on from at 0.75" in caplog.text

@@ -12,7 +12,6 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, EarlyStoppingCallback, TrainerCallback
 
-from lce_trainer.collator import GroupCollator
 from lce_trainer.errors import GroupsError, TrainingError
 from lce_trainer.loss import lce_loss
 from lce_trainer.metrics import ranking_metrics
