@@ -115,10 +115,8 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         self.watch = LearningWatch(lambda: self.tally.take(self.accelerator))
         self.epochs = EpochCount()
         self.stream_watch = StreamWatch()
-        for callback in (self.watch, self.epochs):
+        for callback in (self.watch, self.epochs, TellForecast(self), self.stream_watch):
             self.add_callback(callback)
-        self.add_callback(TellForecast(self))
-        self.add_callback(self.stream_watch)
         if args.packing == "auto":
             enable_packing(self.model)
         else:
