@@ -8,8 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import build_tokenizer
 from test_loss import reference_group
 from test_trainer import assert_same, easy_groups, lively_model, make_groups, make_trainer, weights
+from transformers import TrainerCallback
+
+from lce_trainer.collator import GroupCollator
+from lce_trainer.trainer import LCETrainer
 
 WAYS = {
     "accumulated batches of one": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
@@ -205,6 +210,47 @@ def test_a_resumed_run_ends_bit_equal_with_dropout_on(at, more, tmp_path):
     torch.manual_seed(999)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{at}"))
     assert_same(weights(resumed), weights(whole), 0)
+
+
+def test_transformers_that_knows_no_loss_scaled_for_accumulation_does_not_divide_it(
+    whole_batches, tmp_path, monkeypatch
+):
+    """Older releases go by what the model's forward takes."""
+    monkeypatch.setattr(LCETrainer, "loss_is_scaled_for_ga", None)
+    model = lively_model()
+    model.accepts_loss_kwargs = False
+    run = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = make_trainer(tmp_path, make_groups(11), model=model, **run)
+    trainer.train()
+    assert_same(weights(trainer), whole_batches, 1e-6)
+
+
+class Recorder(GroupCollator):
+    """Writes down which queries came in which epoch."""
+
+    def __call__(self, rows):
+        self.seen = [*getattr(self, "seen", []), *((row["epoch"], row["query_id"]) for row in rows if "epoch" in row)]
+        return super().__call__(rows)
+
+
+class EndFirstEpoch(TrainerCallback):
+    """Ends the first epoch after its second step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = state.global_step == 2
+
+
+def test_an_epoch_that_a_callback_ends_early_is_followed_by_the_next(tmp_path):
+    run = {"per_device_train_batch_size": 1, "num_train_epochs": 2}
+    seen = []
+    for callbacks in ([], [EndFirstEpoch()]):
+        trainer = make_trainer(tmp_path, make_groups(8), callbacks=callbacks, **run)
+        trainer.data_collator = Recorder(build_tokenizer(), 4, 48, 10)
+        trainer.train()
+        seen.append(trainer.data_collator.seen)
+    whole, ended = seen
+    assert [epoch for epoch, _ in whole] == [0] * 8 + [1] * 8
+    assert ended[:2] == whole[:2] and ended[-8:] == whole[8:]
 
 
 def test_a_run_without_dropout_differs_from_one_with(tmp_path, whole_batches):
