@@ -116,6 +116,6 @@ def step_lengths(checkpoint: Path, groups: datasets.Dataset, batch: int, max_len
     encoded, _ = encode_groups(
         AutoTokenizer.from_pretrained(checkpoint), groups["query"], groups["passages"], max_length, max_length // 4
     )
-    lengths = [len(ids) for ids in encoded["input_ids"]]
+    lengths = encoded.lengths.tolist()
     pairs = batch * len(groups[0]["passages"])
     return [lengths[start : start + pairs] for start in range(0, len(lengths), pairs)]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lce_trainer.errors import TrainingError
 from lce_trainer.pair_template import encode_by_template, pair_overhead, pair_template
+from lce_trainer.ragged import Encoded, Texts
 from lce_trainer.sampling import sample_group
-from lce_trainer.token_ids import Encoded, join_pairs, plain_backend
+from lce_trainer.token_ids import join_pairs, tokenized
 
 Batch = dict[str, Any]
 
@@ -65,7 +66,7 @@ class GroupCollator:
 
         Args:
             rows: Groups, each with its ``epoch`` (0 if it has none), their query and passages as text or
-                as token ids; None fills up a batch and is left out.
+                as :class:`lce_trainer.ragged.Texts`; None fills up a batch and is left out.
 
         Returns:
             ``input_ids`` and the tokenizer's other inputs, shape ``(pairs, length)``, padded on the
@@ -76,42 +77,46 @@ class GroupCollator:
             one empty pair and no group, so that every rank has something to run. What the last row
             tells of its ``stream`` is passed on.
         """
-        groups = [self._draw(row) for row in rows if row is not None]
-        sizes = [len(group["passages"]) for group in groups]
-        queries, passages = [group["query"] for group in groups], [group["passages"] for group in groups]
-        encode = join_pairs if groups and not isinstance(queries[0], str) else encode_groups
-        encoded, cut = encode(
-            self.tokenizer, queries or [""], passages or [[""]], self.max_length, self.max_query_length
-        )
+        groups = [row for row in rows if row is not None]
+        draws = [self._draw(row) for row in groups]
+        sizes = [len(draw) for draw in draws]
+        encoded, cut = self._encode(groups, draws)
         mask = torch.arange(max(sizes, default=0)) < torch.tensor(sizes, dtype=torch.long)[:, None]
         told = [row["stream"] for row in rows if row is not None and "stream" in row][-1:]
         return {
             **pad_pairs(self.tokenizer, encoded, self.pad_to_multiple_of),
             "mask": mask,
-            "labels": _grid(mask, [label for group in groups for label in group["labels"]], 0.0),
-            "teacher": _grid(mask, [score for group in groups for score in group["scores"]], math.nan),
+            "labels": _grid(mask, [row["labels"] for row in groups], draws, 0.0),
+            "teacher": _grid(mask, [row.get("scores") for row in groups], draws, math.nan),
             "target": torch.zeros(len(groups), dtype=torch.long),
             "group_sizes": sizes,
-            "lengths": [len(ids) for ids in encoded["input_ids"]],
-            "query_ids": [group["query_id"] for group in groups],
+            "lengths": encoded.lengths.tolist(),
+            "query_ids": [row["query_id"] for row in groups],
             "cut_pairs": cut if groups else 0,
             **({"stream": told[0]} if told else {}),
         }
 
-    def _draw(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        labels, epoch = row["labels"], row.get("epoch", 0)
+    def _draw(self, row: Mapping[str, Any]) -> list[int]:
+        """Which passages the group shows, its positive first."""
         target, negatives = sample_group(
-            self.seed, epoch, row["query_id"], labels, self.group_size - 1, self.curriculum_epochs
+            self.seed,
+            row.get("epoch", 0),
+            row["query_id"],
+            row["labels"],
+            self.group_size - 1,
+            self.curriculum_epochs,
         )
-        drawn = [target, *negatives]
-        scores = row.get("scores") or [None] * len(labels)
-        return {
-            "query_id": row["query_id"],
-            "query": row["query"],
-            "passages": [row["passages"][i] for i in drawn],
-            "labels": [labels[i] for i in drawn],
-            "scores": [math.nan if scores[i] is None else scores[i] for i in drawn],
-        }
+        return [target, *negatives]
+
+    def _encode(self, groups: Sequence[Mapping[str, Any]], draws: Sequence[list[int]]) -> tuple[Encoded, int]:
+        """Pairs of the groups, from their texts or from the ids that are kept of these; and how many were cut."""
+        limits = (self.max_length, self.max_query_length)
+        queries = [row["query"] for row in groups]
+        if groups and isinstance(queries[0], Texts):
+            passages = [row["passages"].take(draw) for row, draw in zip(groups, draws, strict=True)]
+            return join_pairs(self.tokenizer, [*queries, *passages], [len(draw) for draw in draws], *limits)
+        texts = [[row["passages"][i] for i in draw] for row, draw in zip(groups, draws, strict=True)]
+        return encode_groups(self.tokenizer, queries or [""], texts or [[""]], *limits)
 
 
 def group_collator(tokenizer: PreTrainedTokenizerBase, args: Any) -> GroupCollator:
@@ -145,32 +150,29 @@ def encode_groups(
         max_query_length: Tokens of a query at most.
 
     Returns:
-        Ids of each pair for each of the tokenizer's inputs, and how many pairs were cut.
+        The pairs, and how many of them were cut.
     """
     if template := pair_template(tokenizer):
         pairs = [(query, text) for query, texts in zip(queries, passages, strict=True) for text in texts]
         return encode_by_template(tokenizer, template, pairs, max_length, max_query_length)
     texts = [text for texts in passages for text in texts]
-    ids = (one.ids for one in plain_backend(tokenizer).encode_batch_fast([*queries, *texts], add_special_tokens=False))
-    heads = list(islice(ids, len(queries)))
-    bodies = [list(islice(ids, len(texts))) for texts in passages]
-    return join_pairs(tokenizer, heads, bodies, max_length, max_query_length)
+    found = tokenized(tokenizer, [*queries, *texts])
+    return join_pairs(tokenizer, [found], list(map(len, passages)), max_length, max_query_length)
 
 
 def pad_pairs(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, multiple: int | None = None) -> dict[str, Tensor]:
-    """Pad ids on the right to the longest pair.
+    """Pad pairs on the right to the longest.
 
     Returns:
-        The same inputs, each of shape ``(pairs, length)``, int64, and ``attention_mask``.
+        Their inputs, each of shape ``(pairs, length)``, int64, and ``attention_mask``.
     """
-    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
-    width = -(-int(lengths.max()) // (multiple or 1)) * (multiple or 1)
-    real = np.arange(width) < lengths[:, None]
+    width = -(-int(encoded.lengths.max()) // (multiple or 1)) * (multiple or 1)
+    real = np.arange(width) < encoded.lengths[:, None]
     fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
     padded = {"attention_mask": torch.from_numpy(real.astype(np.int64))}
-    for name in encoded.keys() - {"attention_mask"}:
+    for name in encoded.inputs.keys() - {"attention_mask"}:
         table = np.full(real.shape, fill.get(name, 0), dtype=np.int64)
-        table[real] = np.concatenate(encoded[name])
+        table[real] = encoded.inputs[name]
         padded[name] = torch.from_numpy(table)
     return padded
 
@@ -205,7 +207,7 @@ def _select_pairs(batch: Batch, pairs: np.ndarray) -> Batch:
     part = dict(batch)
     for name, value in batch.items():
         if name == "lengths":
-            part[name] = [value[i] for i in pairs]
+            part[name] = np.asarray(value)[pairs].tolist()
         elif isinstance(value, Tensor) and name not in (*_OF_GROUPS, "places"):
             part[name] = value[torch.as_tensor(pairs, device=value.device)]
     return part
@@ -262,7 +264,10 @@ def length_buckets(lengths: Sequence[int], overhead: int) -> list[np.ndarray]:
     return buckets[::-1]
 
 
-def _grid(mask: Tensor, values: Sequence[float], fill: float) -> Tensor:
-    grid = torch.full(mask.shape, fill, dtype=torch.float32)
-    grid[mask] = torch.tensor(values, dtype=torch.float32)
-    return grid
+def _grid(mask: Tensor, values: Sequence[Any], draws: Sequence[list[int]], fill: float) -> Tensor:
+    """What is drawn of each group's values; ``fill`` beside it, and where a group has none."""
+    grid = np.full(mask.shape, fill, dtype=np.float32)
+    for row, (known, draw) in enumerate(zip(values, draws, strict=True)):
+        if known is not None and len(known):
+            grid[row, : len(draw)] = np.asarray(known, dtype=np.float32)[draw]  # None becomes NaN
+    return torch.from_numpy(grid)

@@ -18,10 +18,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
 from lce_trainer.errors import TrainingError
+from lce_trainer.ragged import Encoded
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +131,7 @@ def encode_by_template(
     pairs: Sequence[tuple[str, str]],
     max_length: int,
     max_query_length: int | None = None,
-) -> tuple[dict[str, list[list[int]]], int]:
+) -> tuple[Encoded, int]:
     """Token ids of pairs that go through a template.
 
     Args:
@@ -141,7 +143,7 @@ def encode_by_template(
             long and the query is the longer half of it, as ``truncation="longest_first"`` does.
 
     Returns:
-        One list of ids a pair for each of the tokenizer's inputs, and how many pairs were cut.
+        The pairs, and how many of them were cut.
 
     Raises:
         TrainingError: The template alone takes ``max_length`` tokens.
@@ -181,9 +183,9 @@ def encode_by_template(
     tail = list(template.tail_ids)
     ids = [encoding.ids for encoding in encodings]
     ids = [row if len(row) < max_length else row[: max_length - len(tail)] + tail for row in ids]
-    encoded = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+    encoded = Encoded.of({"input_ids": ids})
     if "token_type_ids" in tokenizer.model_input_names:
-        encoded["token_type_ids"] = [[0] * len(row) for row in ids]
+        encoded.inputs["token_type_ids"] = np.zeros_like(encoded.inputs["input_ids"])
     return encoded, sum(was_cut)
 
 

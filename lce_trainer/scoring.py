@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from lce_trainer.collator import pad_pairs
 from lce_trainer.errors import TrainingError
 from lce_trainer.lockstep import in_lockstep, with_the_others
 from lce_trainer.pair_template import encode_by_template, pair_template
-from lce_trainer.token_ids import Encoded, plain_backend
+from lce_trainer.ragged import Encoded
+from lce_trainer.token_ids import pair_layout, tokenized
 
 WINDOW = 16384  # pairs in memory at once, of all ranks together: bounds what texts and token ids take
 
@@ -154,31 +155,59 @@ def scoring_batches(
 
     Yields:
         Indices of the batch's pairs, and the model's inputs, shape ``(batch, length)``.
+
+    Raises:
+        TrainingError: ``max_length`` leaves no room for the texts.
     """
     if not len(pairs):
         return
-    encoded = _encode_pairs(tokenizer, pairs, max_length)
-    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+    lengths, encoded = _encoder(tokenizer, pairs, max_length)
     order = np.argsort(-lengths, kind="stable")
     while len(order):
         rows, order = np.split(order, [max(1, batch_tokens // lengths[order[0]])])
-        yield rows, pad_pairs(tokenizer, {name: [values[i] for i in rows] for name, values in encoded.items()})
+        yield rows, pad_pairs(tokenizer, encoded(rows))
 
 
-def _encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int) -> Encoded:
-    """Token ids of each pair, for each of the tokenizer's inputs; an encoder's texts are tokenized once each."""
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int
+) -> tuple[np.ndarray, Callable[[np.ndarray], Encoded]]:
+    """Tokens of each pair, shape ``(pairs,)``, and what encodes those of some rows; each text is tokenized once."""
     if template := pair_template(tokenizer):
-        return encode_by_template(tokenizer, template, pairs, max_length)[0]
+        encoded = encode_by_template(tokenizer, template, pairs, max_length)[0]
+        return encoded.lengths, encoded.take
     if not tokenizer.is_fast:
         queries, passages = zip(*pairs, strict=True)
-        encoded: Encoded = tokenizer(list(queries), list(passages), truncation="longest_first", max_length=max_length)
-        return encoded
-    backend = plain_backend(tokenizer)
-    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    halves = dict(zip(texts, backend.encode_batch_fast(texts, add_special_tokens=False), strict=True))
-    # The tokenizer itself cuts each pair, and puts its separators in.
-    backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
-    joined = [backend.post_process(halves[query], halves[passage]) for query, passage in pairs]
-    backend.no_truncation()  # which would be saved with the tokenizer
-    fields = {"input_ids": [pair.ids for pair in joined], "token_type_ids": [pair.type_ids for pair in joined]}
-    return {name: ids for name, ids in fields.items() if name in tokenizer.model_input_names}
+        encoded = Encoded.of(
+            tokenizer(list(queries), list(passages), truncation="longest_first", max_length=max_length)
+        )
+        return encoded.lengths, encoded.take
+    places = {text: place for place, text in enumerate(dict.fromkeys(chain.from_iterable(pairs)))}
+    rows = np.fromiter(map(places.__getitem__, chain.from_iterable(pairs)), np.int64, 2 * len(pairs)).reshape(-1, 2)
+    layout = pair_layout(tokenizer)
+    if max_length <= layout.overhead:
+        raise TrainingError(f"max_length is {max_length}, but a pair has {layout.overhead} special tokens: raise it")
+    found = tokenized(tokenizer, list(places))
+    kept = longest_first(found.counts[rows], max_length - layout.overhead)
+    texts = layout.with_separators([found])
+    return kept.sum(axis=1) + layout.overhead, lambda some: layout.join(
+        texts, rows[some], kept[some], tokenizer.truncation_side
+    )
+
+
+def longest_first(counts: np.ndarray, room: int) -> np.ndarray:
+    """What ``truncation="longest_first"`` keeps of pairs.
+
+    The shorter text of a pair that is too long keeps at most half of the room, and the longer one gets the rest;
+    of two equally long ones the query counts as the shorter.
+
+    Args:
+        counts: Tokens of each query and passage, shape ``(pairs, 2)``.
+        room: Tokens that a pair's two texts may have together.
+
+    Returns:
+        Tokens that are kept of them, shape ``(pairs, 2)``.
+    """
+    short = np.minimum(counts.min(axis=1), room // 2)
+    query_is_short = counts[:, 0] <= counts[:, 1]
+    query = np.where(query_is_short, short, room - short)
+    return np.where(counts.sum(axis=1, keepdims=True) > room, np.stack([query, room - query], axis=1), counts)

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,16 +16,15 @@ import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from lce_trainer.errors import TrainingError
 from lce_trainer.pair_template import pair_template
+from lce_trainer.ragged import Encoded, Texts, ragged
 from lce_trainer.training_args import LCETrainingArguments
 
 logger = logging.getLogger(__name__)
 
 # Groups tokenized at once: what a tokenizer makes of whole long texts is many times their size.
 _BATCH = 64
-
-# Ids of each pair, for each of the tokenizer's inputs.
-Encoded: TypeAlias = Mapping[str, Sequence[Sequence[int] | np.ndarray]]
 
 _FEATURES = datasets.Features(
     {
@@ -38,22 +39,61 @@ class PairLayout:
     """Which special tokens a tokenizer puts around a query and a passage.
 
     Attributes:
-        ids: Before the query, between the two, and after the passage.
+        separators: Three texts: before the query, between the two, and after the passage.
         types: Token types of five parts: the query's and passage's tokens have places 1 and 3.
+        has_types: Whether the model reads token types.
     """
 
-    ids: tuple[np.ndarray, np.ndarray, np.ndarray]
+    separators: Texts
     types: np.ndarray
+    has_types: bool
 
-    def join(self, query: np.ndarray, passage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and token types of a pair, each of shape ``(tokens,)``."""
-        before, between, after = self.ids
-        parts = (before, query, between, passage, after)
-        return np.concatenate(parts), np.repeat(self.types, [len(part) for part in parts])
+    @property
+    def overhead(self) -> int:
+        """Tokens of a pair besides its query and passage."""
+        return len(self.separators.ids)
+
+    def with_separators(self, parts: Sequence[Texts]) -> Texts:
+        """All texts in one array, after the separators, which are its first three."""
+        parts = [self.separators, *parts]
+        return Texts.end_to_end(
+            np.concatenate([part.ids for part in parts]), np.concatenate([part.counts for part in parts])
+        )
+
+    def join(self, texts: Texts, rows: np.ndarray, counts: np.ndarray, side: str = "right") -> Encoded:
+        """Pairs of texts, all at once.
+
+        Args:
+            texts: Of :meth:`with_separators`.
+            rows: Query and passage of each pair, shape ``(pairs, 2)``; 0 is the first text after the separators.
+            counts: Tokens that are kept of each, shape ``(pairs, 2)``.
+            side: Where the rest is cut off, "right" or "left".
+        """
+        shape = (len(rows), 5)
+        starts, sizes = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        starts[:, ::2], sizes[:, ::2] = texts.starts[:3], texts.counts[:3]
+        starts[:, 1::2], sizes[:, 1::2] = texts.starts[3:][rows], counts
+        if side == "left":
+            starts[:, 1::2] += texts.counts[3:][rows] - counts
+        inputs = {"input_ids": texts.ids[ragged(starts.ravel(), sizes.ravel())]}
+        if self.has_types:
+            inputs["token_type_ids"] = np.repeat(np.tile(self.types, len(rows)), sizes.ravel())
+        return Encoded(sizes.sum(axis=1), inputs)
 
 
 def pair_layout(tokenizer: PreTrainedTokenizerBase) -> PairLayout:
-    """How a fast tokenizer makes a pair, found by having it make one."""
+    """How a fast tokenizer makes a pair, found by having it make one.
+
+    Raises:
+        TrainingError: It does not put the query first and the passage after it, each once and whole.
+    """
+    after = tokenizer.backend_tokenizer.post_processor
+    return _pair_layout(tokenizer, after and after.__getstate__(), "token_type_ids" in tokenizer.model_input_names)
+
+
+@lru_cache(maxsize=16)
+def _pair_layout(tokenizer: PreTrainedTokenizerBase, after: bytes | None, has_types: bool) -> PairLayout:
+    """``after``, what the tokenizer does with a pair, makes the cache notice when that was changed."""
     backend = plain_backend(tokenizer)
     word = "a"
     if not backend.encode(word, add_special_tokens=False).ids:  # other words, and no token for unknown ones
@@ -61,9 +101,19 @@ def pair_layout(tokenizer: PreTrainedTokenizerBase) -> PairLayout:
     pair = backend.encode(word, word)
     of = np.array([-1 if text is None else text for text in pair.sequence_ids])
     query, passage = np.flatnonzero(of == 0), np.flatnonzero(of == 1)
+    size = len(backend.encode(word, add_special_tokens=False).ids)
+    if not (len(query) == len(passage) == size == np.ptp(query) + 1 == np.ptp(passage) + 1 and query[0] < passage[0]):
+        raise TrainingError(
+            "the tokenizer does not make a pair of a query and then a passage, each once and whole: "
+            f"two words give {pair.tokens}"
+        )
     cuts = [query[0], query[-1] + 1, passage[0], passage[-1] + 1]
     parts, kinds = np.split(np.array(pair.ids), cuts), np.split(np.array(pair.type_ids), cuts)
-    return PairLayout((parts[0], parts[2], parts[4]), np.array([kind[0] if len(kind) else 0 for kind in kinds]))
+    return PairLayout(
+        Texts.of([part.tolist() for part in parts[::2]]),
+        np.array([kind[0] if len(kind) else 0 for kind in kinds]),
+        has_types,
+    )
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -74,35 +124,42 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     return backend
 
 
+def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Texts:
+    """Token ids of texts, without special tokens."""
+    found = plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+    counts = np.fromiter(map(len, found), np.int64, len(found))
+    # One list of ids at a time: Python's numbers take ten times the room.
+    ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in found), np.int32, counts.sum())
+    return Texts.end_to_end(ids, counts)
+
+
 def join_pairs(
     tokenizer: PreTrainedTokenizerBase,
-    queries: Sequence[Any],
-    passages: Sequence[Sequence[Any]],
+    parts: Sequence[Texts],
+    sizes: Sequence[int],
     max_length: int,
     max_query_length: int,
 ) -> tuple[Encoded, int]:
-    """Pairs of each query with each of its passages, all given as token ids.
+    """Pairs of each group's query with each of its passages, all given as token ids.
 
     Args:
         tokenizer: Whose special tokens go around them.
-        queries: One list of ids a group.
-        passages: Lists of ids, one list of them a group.
+        parts: First the queries, then all passages, each of the parts with its texts end to end.
+        sizes: Passages of each group.
         max_length: Tokens of a pair at most. The query and every separator stay; the passage is cut.
         max_query_length: Tokens of a query at most.
 
     Returns:
-        Ids of each pair for each of the tokenizer's inputs, and how many pairs were cut.
+        The pairs, and how many of them were cut.
     """
     layout = pair_layout(tokenizer)
-    room = max_length - sum(map(len, layout.ids))
-    pairs, cut = [], 0
-    for query, texts in zip(queries, passages, strict=True):
-        head = np.asarray(query[:max_query_length], dtype=np.int64)
-        left = room - len(head)
-        cut += sum(len(query) > max_query_length or len(text) > left for text in texts)
-        pairs += [layout.join(head, np.asarray(text[:left], dtype=np.int64)) for text in texts]
-    encoded = {"input_ids": [ids for ids, _ in pairs], "token_type_ids": [types for _, types in pairs]}
-    return {name: ids for name, ids in encoded.items() if name in tokenizer.model_input_names}, cut
+    texts = layout.with_separators(parts)
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    rows = np.stack([group, len(sizes) + np.arange(len(group))], axis=1)
+    whole = texts.counts[3:][rows]
+    kept = np.minimum(whole, max_query_length)
+    kept[:, 1] = np.minimum(whole[:, 1], max_length - layout.overhead - kept[:, 0])
+    return layout.join(texts, rows, kept), int((kept < whole).any(axis=1).sum())
 
 
 class TokenIds:
@@ -111,23 +168,19 @@ class TokenIds:
     def __init__(self, ids: datasets.Dataset) -> None:
         self.ids = ids.with_format("arrow")
 
-    def take(self, rows: Sequence[int]) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-        """Of each of these groups, its query's ids, and those of its passages."""
+    def take(self, rows: Sequence[int]) -> list[tuple[Texts, Texts]]:
+        """Query and passages of each of these groups, of which none is read before it is taken."""
         table = self.ids[list(rows)]
-        queries, passages = (table[name].combine_chunks() for name in ("query", "passages"))
-        texts = passages.flatten()
-        heads = np.split(queries.flatten().to_numpy(), _inner_ends(queries))
-        bodies = np.split(texts.flatten().to_numpy(), _inner_ends(texts))
-        ends = np.cumsum(passages.value_lengths().to_numpy())
         return [
-            (head, bodies[end - n : end]) for head, end, n in zip(heads, ends, np.diff(ends, prepend=0), strict=True)
+            (Texts.of_one(query.values.to_numpy()), _views(passages.values))
+            for query, passages in zip(table["query"], table["passages"], strict=True)
         ]
 
 
-def _inner_ends(lists: Any) -> np.ndarray:
-    """Where each list but the last one ends."""
-    ends: np.ndarray = np.cumsum(lists.value_lengths().to_numpy())[:-1]
-    return ends
+def _views(lists: Any) -> Texts:
+    """Lists of ids, left where they lie."""
+    ends = lists.offsets.to_numpy()
+    return Texts(lists.values.to_numpy(), ends[:-1], ends[1:] - ends[:-1])
 
 
 def token_ids(

@@ -8,10 +8,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from lce_trainer.ragged import Encoded
 
 if TYPE_CHECKING:
     from tiny_recipe import Finished
@@ -54,6 +57,12 @@ def build_model(seed: int = 0, dropout: float = 0.0) -> BertForSequenceClassific
             attention_probs_dropout_prob=dropout,
         )
     )
+
+
+def ids_of_pairs(encoded: Encoded, name: str = "input_ids") -> list[list[int]]:
+    """One list of ids, or of another input, a pair."""
+    ends = encoded.lengths.cumsum()[:-1]
+    return [values.tolist() for values in np.split(encoded.inputs[name], ends)]
 
 
 @pytest.fixture(scope="session")

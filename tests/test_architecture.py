@@ -45,7 +45,7 @@ LEARNING |= {
     "scoring",
     "streaming",
 }
-LEARNING |= {"attention", "families", "packing", "token_ids"}
+LEARNING |= {"attention", "families", "packing", "token_ids", "ragged"}
 SHARING = {"cards", "hub"}
 TOP = {"run", "fit", "stages", "cli", "__init__"}
 

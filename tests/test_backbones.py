@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, ids_of_pairs
 from datasets import Dataset
 from tiny_models import DECODERS, FAMILIES, POSITIONS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -162,9 +162,9 @@ def test_training_and_scoring_encode_a_pair_alike(trained):
     for rows, batch in scoring_batches(tokenizer, pairs, MAX_LENGTH, 1000):
         for row, line, mask in zip(rows, batch["input_ids"], batch["attention_mask"], strict=True):
             ids[int(row)] = line[mask.bool()].tolist()
-    assert [ids[i] for i in range(len(pairs))] == [list(line) for line in encoded["input_ids"]]
+    assert [ids[i] for i in range(len(pairs))] == ids_of_pairs(encoded)
     assert 0 < cut < len(pairs)
-    assert max(len(row) for row in encoded["input_ids"]) == MAX_LENGTH
+    assert encoded.lengths.max() == MAX_LENGTH
 
 
 def test_the_longest_input_is_read_and_no_longer_one(trained):

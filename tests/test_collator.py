@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from lce_trainer.collator import GroupCollator, length_buckets, micro_batches, pad_pairs, select_groups
 from lce_trainer.errors import TrainingError
+from lce_trainer.ragged import Encoded
 from lce_trainer.sampling import EpochGroups, GroupSampler
 
 
@@ -180,7 +181,8 @@ def test_the_price_of_a_pass_decides_how_many_there_are():
 def test_padding_is_on_the_right_whatever_the_tokenizer_prefers():
     tokenizer = build_tokenizer()
     tokenizer.padding_side = "left"
-    padded = pad_pairs(tokenizer, {"input_ids": [[5, 6, 7], [8]], "token_type_ids": [[0, 0, 1], [1]]})
+    encoded = Encoded.of({"input_ids": [[5, 6, 7], [8]], "token_type_ids": [[0, 0, 1], [1]]})
+    padded = pad_pairs(tokenizer, encoded)
     assert padded["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert padded["token_type_ids"].tolist() == [[0, 0, 1], [1, 0, 0]]
     assert padded["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]

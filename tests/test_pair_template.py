@@ -1,6 +1,7 @@
 import logging
 
 import pytest
+from conftest import ids_of_pairs
 from tiny_models import DECODERS, tiny_config, tiny_tokenizer
 
 from lce_trainer.collator import GroupCollator, encode_groups
@@ -96,8 +97,10 @@ def test_a_pair_that_fits_is_tokenized_as_its_text_is(family):
     tokenizer = decoder_tokenizer(family)
     pairs = [("what is rain", "rain is water"), ("", ""), ("moon?", ".\n\n star\n"), ("ünïcode 雨", "<|im_end|> x")]
     encoded, cut = encode_by_template(tokenizer, pair_template(tokenizer), pairs, 150)
-    assert encoded["input_ids"] == [ids_of(tokenizer, *pair) for pair in pairs]
-    assert encoded["attention_mask"] == [[1] * len(ids) for ids in encoded["input_ids"]]
+    assert ids_of_pairs(encoded) == [ids_of(tokenizer, *pair) for pair in pairs]
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    encoded, _ = encode_by_template(tokenizer, pair_template(tokenizer), pairs, 150)
+    assert ids_of_pairs(encoded, "token_type_ids") == [[0] * len(ids) for ids in ids_of_pairs(encoded)]
     assert cut == 0
 
 
@@ -108,9 +111,10 @@ def test_only_the_passage_is_cut_and_query_and_template_stay(family):
     whole, tail = ids_of(tokenizer, query, passage), list(template.tail_ids)
     assert tokenizer.decode(tail).endswith("Relevance:")
     encoded, cut = encode_groups(tokenizer, [query], [[passage, "red"]], 64, 16)
-    assert encoded["input_ids"][0] == whole[: 64 - len(tail)] + tail
-    assert f"Query: {query}\nDocument: river stone" in tokenizer.decode(encoded["input_ids"][0])
-    assert encoded["input_ids"][1] == ids_of(tokenizer, query, "red")
+    first, second = ids_of_pairs(encoded)
+    assert first == whole[: 64 - len(tail)] + tail
+    assert f"Query: {query}\nDocument: river stone" in tokenizer.decode(first)
+    assert second == ids_of(tokenizer, query, "red")
     assert cut == 1
 
 
@@ -119,7 +123,7 @@ def test_a_query_is_cut_at_its_own_limit():
     query = "red green blue fish bird tree stone river"
     assert len(tokenizer(query)["input_ids"]) == 8
     encoded, cut = encode_groups(tokenizer, [query, "moon"], [["sand", "leaf"], ["snow"]], 64, 5)
-    assert encoded["input_ids"] == [
+    assert ids_of_pairs(encoded) == [
         *[ids_of(tokenizer, "red green blue fish bird", passage) for passage in ("sand", "leaf")],
         ids_of(tokenizer, "moon", "snow"),
     ]
@@ -131,7 +135,7 @@ def test_when_scoring_a_long_query_leaves_half_of_the_room_to_the_passage():
     template, long = pair_template(tokenizer), "red green blue fish bird tree " * 40
     room = 100 - template.overhead
     encoded, cut = encode_by_template(tokenizer, template, [(long, long), (long, "moon"), ("moon", long)], 100)
-    both, short_passage, short_query = encoded["input_ids"]
+    both, short_passage, short_query = ids_of_pairs(encoded)
     assert len(both) == len(short_query) == 100 and 95 < len(short_passage) <= 100 and cut == 3
     query, passage = tokenizer.decode(both).split("Query: ")[1].removesuffix("\nRelevance:").split("\nDocument: ")
     assert abs(len(query.split()) - room // 2) <= 2 and abs(len(passage.split()) - room // 2) <= 4

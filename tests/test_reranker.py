@@ -10,6 +10,7 @@ from lce_trainer.collator import pad_pairs
 from lce_trainer.errors import ConfigError, TrainingError
 from lce_trainer.loading import load_model
 from lce_trainer.notes import RAW_SCORES
+from lce_trainer.ragged import Encoded
 from lce_trainer.reranker import Reranker
 from lce_trainer.scoring import scoring_batches
 
@@ -122,7 +123,7 @@ def test_what_is_no_reranker_is_a_one_line_error(tmp_path, checkpoint):
 def test_padding_changes_no_score(checkpoint):
     reranker = Reranker.from_pretrained(checkpoint)
     ids = reranker.tokenizer("what is the moon", "red tree")["input_ids"]
-    padded = pad_pairs(reranker.tokenizer, {"input_ids": [ids]}, multiple=32)
+    padded = pad_pairs(reranker.tokenizer, Encoded.of({"input_ids": [ids]}), multiple=32)
     assert padded["input_ids"].shape[1] == 32
     with torch.inference_mode():
         torch.testing.assert_close(

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import WORDS, build_tokenizer
+from conftest import WORDS, build_tokenizer, ids_of_pairs
 from test_reranker import make_pairs
 from tiny_models import FAMILIES, tiny_tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 
 from lce_trainer import Reranker
 from lce_trainer import scoring as module
 from lce_trainer.errors import TrainingError
 from lce_trainer.pair_template import pair_template
 from lce_trainer.scoring import score_pairs, scoring_batches
+from lce_trainer.token_ids import pair_layout
 
 TESTS = Path(__file__).parent
 
@@ -107,12 +108,6 @@ def test_the_bar_counts_every_pair(reranker, monkeypatch, capsys):
     assert "24/24" in capsys.readouterr().err
 
 
-def as_the_tokenizer_does(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], max_length: int) -> dict:
-    queries, passages = (list(texts) for texts in zip(*pairs, strict=True))
-    encoded = dict(tokenizer(queries, passages, truncation="longest_first", max_length=max_length))
-    return {name: ids for name, ids in encoded.items() if name != "attention_mask"}  # all ones
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", ["word level", *FAMILIES])
 def test_texts_tokenized_once_give_the_ids_of_the_tokenizers_own_call(family, side):
@@ -123,9 +118,73 @@ def test_texts_tokenized_once_give_the_ids_of_the_tokenizers_own_call(family, si
     texts = ["", " ", *(" ".join((WORDS * 2)[:n]) for n in (1, 2, 7, 8, 9, 10, 30, 31, 60))]
     pairs = [(query, passage) for query in texts for passage in texts]
     for max_length in (19, 20, 128):
-        encoded = module._encode_pairs(tokenizer, pairs, max_length)
+        assert_as_the_tokenizer_does(tokenizer, pairs, max_length)
+
+
+def assert_as_the_tokenizer_does(
+    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], max_length: int
+) -> None:
+    lengths, encoded = module._encoder(tokenizer, pairs, max_length)
+    some = np.random.default_rng(0).permutation(len(pairs))
+    found = encoded(some)
+    if tokenizer.is_fast:
         assert tokenizer.backend_tokenizer.truncation is None  # it would be saved with the tokenizer
-        assert encoded == as_the_tokenizer_does(tokenizer, pairs, max_length)
+    assert found.lengths.tolist() == lengths[some].tolist()
+    queries, passages = (list(texts) for texts in zip(*(pairs[i] for i in some), strict=True))
+    wanted = dict(tokenizer(queries, passages, truncation="longest_first", max_length=max_length))
+    del wanted["attention_mask"]  # all ones
+    assert {name: ids_of_pairs(found, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", ["word level", *FAMILIES])
+def test_pairs_of_any_lengths_are_cut_to_any_room_as_the_tokenizer_cuts_them(family, side):
+    tokenizer = build_tokenizer() if family == "word level" else tiny_tokenizer(family)
+    tokenizer.truncation_side = side
+    rng = np.random.default_rng(7)
+
+    def text() -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(0, rng.choice([3, 12, 40]))))
+
+    least = pair_layout(tokenizer).overhead + 1
+    for max_length in [*range(least, least + 8), *rng.integers(least, 90, 12).tolist()]:
+        assert_as_the_tokenizer_does(tokenizer, [(text(), text()) for _ in range(50)], max_length)
+
+
+def test_half_of_the_room_is_the_shorter_texts_and_the_query_is_the_shorter_of_two_alike():
+    counts = np.array([[2, 3], [2, 9], [9, 2], [3, 9], [9, 3], [4, 4], [9, 9], [9, 8], [0, 9], [9, 0]])
+    wanted = [[2, 3], [2, 5], [5, 2], [3, 4], [4, 3], [3, 4], [3, 4], [4, 3], [0, 7], [7, 0]]
+    assert module.longest_first(counts, 7).tolist() == wanted
+
+
+def test_a_pair_has_room_for_more_than_its_separators():
+    with pytest.raises(TrainingError, match="max_length is 3, but a pair has 3 special tokens: raise it"):
+        next(scoring_batches(build_tokenizer(), [("red", "fish")], 3, 200))
+
+
+def test_a_tokenizer_without_a_fast_engine_makes_its_own_pairs():
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
+
+    class Slow(PreTrainedTokenizer):
+        def get_vocab(self):
+            return {word: place for place, word in enumerate(vocabulary)}
+
+        @property
+        def vocab_size(self):
+            return len(vocabulary)
+
+        def _tokenize(self, text, **kwargs):
+            return text.split()
+
+        def _convert_token_to_id(self, token):
+            return vocabulary.index(token)
+
+        def _convert_id_to_token(self, index):
+            return vocabulary[index]
+
+    tokenizer = Slow(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    assert not tokenizer.is_fast
+    assert_as_the_tokenizer_does(tokenizer, [("red fish", "moon"), ("star", "tree hill " * 20)], 16)
 
 
 def test_no_pairs_make_no_batch():

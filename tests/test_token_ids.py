@@ -12,14 +12,16 @@ import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from tiny_models import FAMILIES, tiny_config, tiny_tokenizer
+from tokenizers import processors
 from torch.utils.data import DataLoader
 
 from lce_trainer.collator import GroupCollator
 from lce_trainer.conversion import to_groups
+from lce_trainer.errors import TrainingError
 from lce_trainer.pair_template import settle_template
 from lce_trainer.sampling import EpochGroups, GroupSampler
 from lce_trainer.streaming import training_rows
-from lce_trainer.token_ids import token_ids
+from lce_trainer.token_ids import pair_layout, token_ids
 from lce_trainer.trainer import LCETrainer
 from lce_trainer.training_args import LCETrainingArguments
 
@@ -116,7 +118,7 @@ def test_groups_converted_anew_by_each_process_share_their_file(tmp_path, cache)
     def convert() -> None:
         rows = to_groups(Dataset.from_dict(TRIPLETS))[0]
         ids = token_ids(rows, build_tokenizer(), settings(tmp_path, pretokenize=True)).take([1])
-        assert [len(text) for text in ids[0][1]] == [1, 2]
+        assert ids[0][1].counts.tolist() == [1, 2]
 
     tests = Path(__file__).parent
     script = SCRIPT.format(tests=str(tests), out=str(tmp_path))
@@ -162,7 +164,28 @@ def test_a_long_text_is_kept_as_far_as_a_pair_can_hold_it(tmp_path):
         [{"query_id": "q", "query": "what", "passages": ["moon " * 500, "tree"], "labels": [1, 0], "scores": None}]
     )
     [(query, passages)] = token_ids(groups, build_tokenizer(), settings(tmp_path, pretokenize=True)).take([0])
-    assert [len(query), *map(len, passages)] == [1, 32, 1]
+    assert [*query.counts, *passages.counts] == [1, 32, 1]
+    assert passages.take([1]).ids.tolist() == build_tokenizer()("tree", add_special_tokens=False)["input_ids"]
+
+
+def test_the_layout_of_pairs_is_found_once_and_again_when_it_changes():
+    tokenizer = build_tokenizer()
+    layout = pair_layout(tokenizer)
+    assert pair_layout(tokenizer) is layout and pair_layout(build_tokenizer()) is not layout
+    tokenizer.backend_tokenizer.post_processor = processors.BertProcessing(("[PAD]", 0), ("[CLS]", 2))
+    assert layout.separators.ids.tolist() == [2, 3, 3] and pair_layout(tokenizer).separators.ids.tolist() == [2, 0, 0]
+    assert not layout.has_types
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert pair_layout(tokenizer).has_types
+
+
+@pytest.mark.parametrize("pair", ["[CLS] $B [SEP] $A [SEP]", "[CLS] $A [SEP] $B [SEP] $A"])
+def test_a_tokenizer_that_makes_no_pair_of_a_query_and_then_a_passage_is_an_error(pair):
+    tokenizer = build_tokenizer()
+    special = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", pair, special)
+    with pytest.raises(TrainingError, match=r"a query and then a passage, each once and whole: two words give"):
+        pair_layout(tokenizer)
 
 
 def test_training_ends_with_the_same_weights(tmp_path):
