@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.data import MEDQUAD
 from benchmarks.measure import ratio_lines
 
-NAMES = ("loss_curves", "train", "roofline", "infer", "judge", "growth")
+NAMES = ("loss_curves", "train", "roofline", "feed", "infer", "judge", "growth")
 BENCHMARKS = [name for name in NAMES if (Path(__file__).parent / f"{name}.py").is_file()]
 
 

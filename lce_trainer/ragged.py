@@ -43,6 +43,13 @@ class Texts:
         return cls(ids, counts.cumsum() - counts, counts)
 
     @classmethod
+    def concatenated(cls, parts: Sequence["Texts"]) -> "Texts":
+        """Texts that each lie end to end, one part after the other."""
+        return cls.end_to_end(
+            np.concatenate([part.ids for part in parts]), np.concatenate([part.counts for part in parts])
+        )
+
+    @classmethod
     def of_one(cls, ids: np.ndarray) -> "Texts":
         """A single text."""
         return cls(ids, np.zeros(1, dtype=np.int64), np.array([len(ids)]))

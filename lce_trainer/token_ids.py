@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from lce_trainer.training_args import LCETrainingArguments
 
 logger = logging.getLogger(__name__)
 
-# Groups tokenized at once: what a tokenizer makes of whole long texts is many times their size.
-_BATCH = 64
+# Groups, and texts, tokenized at once: what a tokenizer makes of whole long texts is many times their size.
+_BATCH, _TEXTS = 64, 1024
 
 _FEATURES = datasets.Features(
     {
@@ -55,10 +54,7 @@ class PairLayout:
 
     def with_separators(self, parts: Sequence[Texts]) -> Texts:
         """All texts in one array, after the separators, which are its first three."""
-        parts = [self.separators, *parts]
-        return Texts.end_to_end(
-            np.concatenate([part.ids for part in parts]), np.concatenate([part.counts for part in parts])
-        )
+        return Texts.concatenated([self.separators, *parts])
 
     def join(self, texts: Texts, rows: np.ndarray, counts: np.ndarray, side: str = "right") -> Encoded:
         """Pairs of texts, all at once.
@@ -126,11 +122,10 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Texts:
     """Token ids of texts, without special tokens."""
-    found = plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
-    counts = np.fromiter(map(len, found), np.int64, len(found))
-    # One list of ids at a time: Python's numbers take ten times the room.
-    ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in found), np.int32, counts.sum())
-    return Texts.end_to_end(ids, counts)
+    backend = plain_backend(tokenizer)
+    parts = (texts[start : start + _TEXTS] for start in range(0, len(texts), _TEXTS))
+    encodings = (backend.encode_batch_fast(part, add_special_tokens=False) for part in parts)
+    return Texts.concatenated([Texts.of([encoding.ids for encoding in part]) for part in encodings])
 
 
 def join_pairs(

@@ -11,7 +11,7 @@ import torch
 from conftest import SHARED_DATA, WORDS, build_model, build_tokenizer
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks import growth, infer, peers, train
+from benchmarks import feed, growth, infer, peers, train
 from benchmarks.data import RANDOM, RAW_SCORES, prepare_checkpoint
 from benchmarks.loss_curves import LIMIT, OBJECTIVES, compare, largest_difference
 from benchmarks.measure import save, slope
@@ -101,6 +101,17 @@ def test_systems_that_score_give_the_same_scores(checkpoint):
     off = infer.System(lambda given, size: found[infer.OURS].score(given, size) + 0.01, [8], "pairs", chosen=8)
     with pytest.raises(SystemExit, match="off, fp32: a score differs"):
         infer.race({**found, "off": off}, [pairs], "fp32")
+
+
+def test_each_feed_makes_the_pairs_that_the_model_takes(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    groups = groups_of(5)
+    made = feed.feeds(checkpoint, groups, 2, MAX_LENGTH, tmp_path)
+    assert [make() for make in made.values()] == [5 * GROUP] * 3
+    assert len(list((tmp_path / "cache" / "lce_trainer").glob("token-ids-*.arrow"))) == 1
+    found = feed.rates(made, rounds=2) | feed.taken(checkpoint, groups, 2, MAX_LENGTH, 1, "fp32", tmp_path)
+    assert [len(values) for values in found.values()] == [2, 2, 2, 1, 1]
+    assert min(min(values) for values in found.values()) > 0
 
 
 @pytest.mark.parametrize("name", ["random:tiny", "random:modernbert-tiny"])
