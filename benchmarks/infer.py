@@ -7,7 +7,7 @@ must be the same, to rounding; the run fails if they are not. A ratio is the med
 systems' seconds for the same pairs.
 
 bf16 is bfloat16 weights. FlagEmbedding has float16 only, on GPUs, so it has no figure for bf16. ``torch.compile`` and
-ONNX Runtime (float32, where onnxruntime and onnxscript are installed) run the stock model on our batches, padded.
+ONNX Runtime (float32, where onnx and onnxruntime are installed) run the stock model on our batches, padded.
 """
 
 import shutil
@@ -66,7 +66,7 @@ def systems(checkpoint: Path, precision: str, max_length: int) -> dict[str, Syst
         found["torch.compile, padded"] = System(
             over_batches(padded, lambda batch: compiled(**batch).logits), tokens, "tokens"
         )
-    if find_spec("onnxruntime") and find_spec("onnxscript") and precision == "fp32" and device().type == "cpu":
+    if find_spec("onnxruntime") and find_spec("onnx") and precision == "fp32" and device().type == "cpu":
         found["ONNX Runtime, padded"] = System(over_batches(padded, onnx_session(padded, checkpoint)), tokens, "tokens")
     if find_spec("sentence_transformers"):
         from sentence_transformers import CrossEncoder

@@ -92,7 +92,7 @@ if whole.is_world_process_zero():
 whole.end()
 """
 
-RUN = {"per_device_train_batch_size": 3, "optim": "adamw_torch", "learning_rate": 0.02, "eval_strategy": "steps"}
+RUN = {"per_device_train_batch_size": 3, "optim": "adamw_torch", "learning_rate": 0.005, "eval_strategy": "steps"}
 RUN |= {"eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
 # As if a higher loss were better: the first checkpoint is the best one, and patience runs out at the third.
 RUN |= {"dropout": 0.1, "num_train_epochs": 3, "metric_for_best_model": "loss", "greater_is_better": True}

@@ -10,7 +10,7 @@ import torch
 from conftest import WORDS, build_model, build_tokenizer
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, TrainerCallback
 
 from lce_trainer.errors import GroupsError, TrainingError
 from lce_trainer.loss import lce_loss
@@ -77,6 +77,14 @@ def make_trainer(folder: Path, groups: Dataset | None, dropout: float = 0.0, mod
         processing_class=build_tokenizer(),
         **more,
     )
+
+
+class Ruin(TrainerCallback):
+    """Spoil the model after its third step."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step >= 3:
+            torch.nn.init.zeros_(model.classifier.weight)
 
 
 def weights(trainer: LCETrainer) -> dict[str, torch.Tensor]:

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
-from test_trainer import easy_groups, make_groups, make_trainer
+from test_trainer import Ruin, easy_groups, make_groups, make_trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from lce_trainer.errors import TrainingError
@@ -115,14 +114,6 @@ def test_a_rising_ndcg_does_not_cut_the_learning_rate_and_a_falling_one_does(kin
 
     assert last_rate(0.2, 0.4, 0.6) == 1e-4
     assert last_rate(0.6, 0.4, 0.4) < 1e-4
-
-
-class Ruin(TrainerCallback):
-    """Spoil the model after its third step."""
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step >= 3:
-            torch.nn.init.zeros_(model.classifier.weight)
 
 
 def test_the_best_ranking_checkpoint_is_kept_and_training_stops_early(tmp_path):
