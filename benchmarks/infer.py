@@ -170,14 +170,14 @@ def main(argv: list[str] | None = None) -> None:
         "--model", default=PACKAGED, help="or random:minilm-l6, random:bert-base, random:modernbert-base"
     )
     parser.add_argument("--data", type=Path, default=MEDQUAD, help="folder with MedQuAD's files, or groups as parquet")
-    parser.add_argument("--queries", type=int, nargs="+", default=[1, 6], help="in a call")
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 4], help="in a call")
     parser.add_argument("--candidates", type=int, default=32, help="of a query")
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, help="calls of each kind: 9, or 5 in the short form")
+    parser.add_argument("--rounds", type=int, help="calls of each kind: 9, or 4 in the short form")
     parser.add_argument("--precision", nargs="+", choices=ROUNDING, default=list(ROUNDING))
     parser.add_argument("--name", default="infer", help="of the results")
     args = parser.parse_args(argv)
-    rounds = args.rounds or (5 if args.short else 9)
+    rounds = args.rounds or (4 if args.short else 9)
     groups = medquad_groups(args.data, queries=max(args.queries) * (rounds + 1), size=args.candidates)
     pairs = [(row["query"], text) for row in groups for text in row["passages"]]
     results: dict[str, Any] = {}
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
             for queries in args.queries:
                 size = queries * args.candidates
                 first, *parts = [pairs[start : start + size] for start in range(0, size * (rounds + 1), size)]
-                choose_sizes(found, first[: 2 * args.candidates] if args.short else first)
+                choose_sizes(found, first[: args.candidates] if args.short else first)
                 seconds = race(found, parts, precision)
                 what = f"{precision}, {queries} {'query' if queries == 1 else 'queries'} a call"
                 results[what] = {
