@@ -7,7 +7,8 @@ must be the same, to rounding; the run fails if they are not. A ratio is the med
 systems' seconds for the same pairs.
 
 bf16 is bfloat16 weights. FlagEmbedding has float16 only, on GPUs, so it has no figure for bf16. ``torch.compile`` and
-ONNX Runtime (float32, where onnx and onnxruntime are installed) run the stock model on our batches, padded.
+ONNX Runtime (float32, where onnx and onnxruntime are installed) run the stock model on our batches, padded;
+not in the short form.
 """
 
 import shutil
@@ -51,8 +52,8 @@ class System:
     chosen: int = 0
 
 
-def systems(checkpoint: Path, precision: str, max_length: int) -> dict[str, System]:
-    """What can run here, by name."""
+def systems(checkpoint: Path, precision: str, max_length: int, runtimes: bool = True) -> dict[str, System]:
+    """What can run here, by name; with other runtimes for the model, which take a minute to get ready, or without."""
     dtype, tokens, pairs = PRECISIONS[precision], (2048, 4096, 8192, 16384), (8, 16, 32, 64, 128)
     if device().type != "cpu":
         tokens, pairs = tuple(8 * size for size in tokens), tuple(8 * size for size in pairs)
@@ -60,13 +61,14 @@ def systems(checkpoint: Path, precision: str, max_length: int) -> dict[str, Syst
     found = {OURS: System(lambda given, size: reranker.score(given, batch_tokens=size), tokens, "tokens")}
     padded = Reranker.from_pretrained(checkpoint, dtype=dtype, max_length=max_length, packing="none")
     found["lce_trainer, padded"] = System(lambda given, size: padded.score(given, batch_tokens=size), tokens, "tokens")
-    if device().type != "cpu" or shutil.which("g++"):
+    if runtimes and (device().type != "cpu" or shutil.which("g++")):
         # Lengths are no constants, or every batch would be compiled anew.
         compiled = torch.compile(padded.model, dynamic=True)
         found["torch.compile, padded"] = System(
             over_batches(padded, lambda batch: compiled(**batch).logits), tokens, "tokens"
         )
-    if find_spec("onnxruntime") and find_spec("onnx") and precision == "fp32" and device().type == "cpu":
+    onnx = find_spec("onnxruntime") and find_spec("onnx")
+    if runtimes and onnx and precision == "fp32" and device().type == "cpu":
         found["ONNX Runtime, padded"] = System(over_batches(padded, onnx_session(padded, checkpoint)), tokens, "tokens")
     if find_spec("sentence_transformers"):
         from sentence_transformers import CrossEncoder
@@ -170,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         "--model", default=PACKAGED, help="or random:minilm-l6, random:bert-base, random:modernbert-base"
     )
     parser.add_argument("--data", type=Path, default=MEDQUAD, help="folder with MedQuAD's files, or groups as parquet")
-    parser.add_argument("--queries", type=int, nargs="+", default=[1, 4], help="in a call")
+    parser.add_argument("--queries", type=int, nargs="+", help="in a call; 1 and 4, or 1 in the short form")
     parser.add_argument("--candidates", type=int, default=32, help="of a query")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--rounds", type=int, help="calls of each kind: 9, or 4 in the short form")
@@ -178,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", default="infer", help="of the results")
     args = parser.parse_args(argv)
     rounds = args.rounds or (4 if args.short else 9)
+    args.queries = args.queries or ([1] if args.short else [1, 4])
     groups = medquad_groups(args.data, queries=max(args.queries) * (rounds + 1), size=args.candidates)
     pairs = [(row["query"], text) for row in groups for text in row["passages"]]
     results: dict[str, Any] = {}
@@ -185,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as work:
         checkpoint = prepare_checkpoint(args.model, Path(work) / "model", max_length=args.max_length)
         for precision in args.precision:
-            found = systems(checkpoint, precision, args.max_length)
+            found = systems(checkpoint, precision, args.max_length, runtimes=not args.short)
             for queries in args.queries:
                 size = queries * args.candidates
                 first, *parts = [pairs[start : start + size] for start in range(0, size * (rounds + 1), size)]

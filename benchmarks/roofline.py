@@ -170,9 +170,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=MEDQUAD, help="folder with MedQuAD's files")
     parser.add_argument("--batch", type=int, default=4, help="groups a step")
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--steps", type=int, help="profiled steps; 6, or 5 in the short form")
+    parser.add_argument("--steps", type=int, help="profiled steps; 6, or 3 in the short form")
     args = parser.parse_args(argv)
-    steps = args.steps or (5 if args.short else 6)
+    steps = args.steps or (3 if args.short else 6)
     groups = medquad_groups(args.data, queries=args.batch * (steps + 1))
     results: dict[str, Any] = {}
     ratios: dict[str, float] = {}
