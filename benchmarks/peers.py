@@ -48,7 +48,6 @@ def settings(out: Path, *, steps: int, groups: int, bf16: bool = False, **chosen
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "log_level": "error",
         "seed": 13,
         "bf16": bf16,
         "use_cpu": not torch.accelerator.is_available(),
