@@ -215,7 +215,7 @@ def _attend_by_products(
     return torch.bmm(kept, v).div(1 - part).view(pairs, heads, queries, size)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _drawn(shape: torch.Size, dropout: float) -> tuple[Tensor, float]:
     """What dropout drops, True where dropped, and the part of it that is expected.
 
