@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from lce_trainer.collator import encode_groups
+from lce_trainer.encoding import encode_groups
 from lce_trainer.loading import load_model
 from lce_trainer.packaged import resolve_model
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lce_trainer.dropout import drawn
+
 logger = logging.getLogger(__name__)
 
 _LONGEST_BY_PRODUCTS = 1024  # tokens, beyond which weights of tokens x tokens would fill the memory
@@ -210,22 +212,9 @@ def _attend_by_products(
     bias = q.new_zeros(()) if mask is None else torch.where(mask, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
     scale = size**-0.5 if scaling is None else scaling
     weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1)
-    dropped, part = _drawn(weights.shape, dropout)
+    dropped, part = drawn(weights.shape, dropout)
     kept = torch.where(dropped, weights.new_zeros(()), weights)
     return torch.bmm(kept, v).div(1 - part).view(pairs, heads, queries, size)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _drawn(shape: torch.Size, dropout: float) -> tuple[Tensor, float]:
-    """What dropout drops, True where dropped, and the part of it that is expected.
-
-    Drawn by numpy under a seed from torch's generator, so whoever sets that gets the same again. torch draws
-    on one core, one number at a time: on CPUs not made by Intel that was a fifth of a training step.
-    """
-    level = round(dropout * 65536)  # of the 65536 that 16 bits hold
-    seed = int(torch.randint(1 << 62, ()))
-    numbers = np.random.SFC64(seed).random_raw(-(-shape.numel() // 4)).view(np.uint16)[: shape.numel()]
-    return torch.from_numpy(numbers < level).view(shape), level / 65536
 
 
 def _within(window: int, key: Tensor, value: Tensor, packing: Packing, causal: bool) -> tuple[Tensor, Tensor, Packing]:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lce_trainer.encoding import encode_groups, join_pairs, pad_pairs
 from lce_trainer.errors import TrainingError
-from lce_trainer.pair_template import encode_by_template, pair_overhead, pair_template
+from lce_trainer.pair_template import pair_overhead
 from lce_trainer.ragged import Encoded, Texts
 from lce_trainer.sampling import sample_group
-from lce_trainer.token_ids import join_pairs, tokenized
 
 Batch = dict[str, Any]
 
@@ -132,51 +132,6 @@ def group_collator(tokenizer: PreTrainedTokenizerBase, args: Any) -> GroupCollat
     )
 
 
-def encode_groups(
-    tokenizer: PreTrainedTokenizerBase,
-    queries: Sequence[str],
-    passages: Sequence[Sequence[str]],
-    max_length: int,
-    max_query_length: int,
-) -> tuple[Encoded, int]:
-    """Token ids of each query with each of its passages; every query is tokenized once.
-
-    Args:
-        tokenizer: A fast tokenizer.
-        queries: One a group.
-        passages: One list a group.
-        max_length: Tokens of a pair at most. The query, and every separator or the template, stay;
-            the passage is cut.
-        max_query_length: Tokens of a query at most.
-
-    Returns:
-        The pairs, and how many of them were cut.
-    """
-    if template := pair_template(tokenizer):
-        pairs = [(query, text) for query, texts in zip(queries, passages, strict=True) for text in texts]
-        return encode_by_template(tokenizer, template, pairs, max_length, max_query_length)
-    texts = [text for texts in passages for text in texts]
-    found = tokenized(tokenizer, [*queries, *texts])
-    return join_pairs(tokenizer, [found], list(map(len, passages)), max_length, max_query_length)
-
-
-def pad_pairs(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, multiple: int | None = None) -> dict[str, Tensor]:
-    """Pad pairs on the right to the longest.
-
-    Returns:
-        Their inputs, each of shape ``(pairs, length)``, int64, and ``attention_mask``.
-    """
-    width = -(-int(encoded.lengths.max()) // (multiple or 1)) * (multiple or 1)
-    real = np.arange(width) < encoded.lengths[:, None]
-    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    padded = {"attention_mask": torch.from_numpy(real.astype(np.int64))}
-    for name in encoded.inputs.keys() - {"attention_mask"}:
-        table = np.full(real.shape, fill.get(name, 0), dtype=np.int64)
-        table[real] = encoded.inputs[name]
-        padded[name] = torch.from_numpy(table)
-    return padded
-
-
 def select_groups(batch: Batch, groups: Sequence[int]) -> Batch:
     """Part of a batch: the named groups with their pairs, in the order named; no pair counts as cut."""
     starts = np.concatenate([[0], np.cumsum(batch["group_sizes"])])
@@ -232,36 +187,6 @@ def micro_batches(
         parts[-1].append(group)
         filled, long = filled + group_sizes[group], long + of_group[group]
     return parts
-
-
-def length_buckets(lengths: Sequence[int], overhead: int) -> list[np.ndarray]:
-    """The cheapest cut of pairs, sorted by length, into forward passes.
-
-    A pass costs its padded tokens, and ``overhead`` tokens for being one pass more. The optimum
-    is found by dynamic programming over the distinct lengths.
-
-    Args:
-        lengths: Tokens of each pair.
-        overhead: Tokens that one more forward pass is worth.
-
-    Returns:
-        Indices of the pairs of each pass, shortest pass first.
-    """
-    distinct, counts = np.unique(lengths, return_counts=True)
-    upto = np.concatenate([[0], np.cumsum(counts)])
-    cost = np.zeros(len(distinct) + 1)
-    cut = np.zeros(len(distinct) + 1, dtype=int)
-    for end in range(1, len(distinct) + 1):
-        costs = cost[:end] + (upto[end] - upto[:end]) * distinct[end - 1] + overhead
-        cut[end] = int(costs.argmin())
-        cost[end] = costs[cut[end]]
-    order = np.argsort(lengths, kind="stable")
-    buckets = []
-    end = len(distinct)
-    while end:
-        buckets.append(order[upto[cut[end]] : upto[end]])
-        end = cut[end]
-    return buckets[::-1]
 
 
 def _grid(mask: Tensor, values: Sequence[Any], draws: Sequence[list[int]], fill: float) -> Tensor:

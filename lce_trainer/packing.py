@@ -22,7 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 
 from lce_trainer.attention import Packing, make_packing, packed_attention, places_in_pairs
-from lce_trainer.collator import length_buckets
+from lce_trainer.dropout import BulkDropout
+from lce_trainer.encoding import length_buckets
 from lce_trainer.families import DECODERS, FAMILIES
 from lce_trainer.loading import POSITIONS_AFTER_PADDING, longest_input
 from lce_trainer.yes_no import answers_of, pair_logits
@@ -57,6 +58,9 @@ def enable_packing(model: PreTrainedModel, read_only: bool = True) -> bool:
     model.set_attn_implementation(PACKED_ATTENTION)
     for module, packed in FAMILIES[kind](model, read_only):
         module.forward = _Packed(module, packed)
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.forward = BulkDropout(module)
     problem = _self_test(model)
     if problem:
         disable_packing(model)
@@ -69,7 +73,7 @@ def packs(model: PreTrainedModel) -> bool:
     model = _without_adapters(model)
     by_config = model.config._attn_implementation == PACKED_ATTENTION
     # A config can be shared with a model that was never enabled.
-    return by_config and any(_is_packed(module) for module in model.modules())
+    return by_config and any(_is_patched(module, _Packed) for module in model.modules())
 
 
 def disable_packing(model: PreTrainedModel) -> None:
@@ -77,8 +81,9 @@ def disable_packing(model: PreTrainedModel) -> None:
     model = _without_adapters(model)
     if not packs(model):
         return
-    for module in filter(_is_packed, model.modules()):
-        del module.forward
+    for module in model.modules():
+        if _is_patched(module, _Packed, BulkDropout):
+            del module.forward
     model.set_attn_implementation(model._attention_when_padded)
 
 
@@ -95,8 +100,8 @@ class _Packed:
         return self.packed(self.module, *args, packing=packing, **kwargs)
 
 
-def _is_packed(module: nn.Module) -> bool:
-    return isinstance(module.__dict__.get("forward"), _Packed)
+def _is_patched(module: nn.Module, *kinds: type) -> bool:
+    return isinstance(module.__dict__.get("forward"), kinds)
 
 
 def _without_adapters(model: PreTrainedModel) -> Any:

@@ -152,9 +152,7 @@ def encode_by_template(
         raise TrainingError(
             f"max_length is {max_length}, but the template of pairs takes {template.overhead} tokens: raise it"
         )
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
+    backend = plain_backend(tokenizer)
     places = {query: place for place, query in enumerate(dict.fromkeys(query for query, _ in pairs))}
     queries = backend.encode_batch(list(places), add_special_tokens=False)
 
@@ -187,6 +185,14 @@ def encode_by_template(
     if "token_type_ids" in tokenizer.model_input_names:
         encoded.inputs["token_type_ids"] = np.zeros_like(encoded.inputs["input_ids"])
     return encoded, sum(was_cut)
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The tokenizer's own engine, which cuts and pads nothing."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _default_template() -> str:
@@ -229,9 +235,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, query: str, passage: str, stru
 
 def _measured(tokenizer: PreTrainedTokenizerBase, template: PairTemplate) -> PairTemplate:
     """The template with its tokens, found as sentence-transformers finds them: by what two renderings share."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
+    backend = plain_backend(tokenizer)
     texts = [template.render(text, text) for text in ("0", "1 2 3 4", "")]
     one, other, empty = (encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False))
     shared = next((i for i, (a, b) in enumerate(zip(one[::-1], other[::-1], strict=False)) if a != b), 0)

@@ -7,16 +7,19 @@ with the row's index from the sampler, in the main process, to wherever the row 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice, repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lce_trainer.errors import GroupsError
-from lce_trainer.token_ids import TokenIds
 from lce_trainer.training_args import LCETrainingArguments
+
+if TYPE_CHECKING:  # the collator is for whoever has torch and transformers alone
+    import datasets
+
+    from lce_trainer.token_ids import TokenIds
 
 Item = tuple[int, int] | None  # (epoch, row), or None: a place that pads the last batch of an epoch
 
@@ -192,7 +195,7 @@ class EpochCount(TrainerCallback):  # type: ignore[misc]
 class EpochGroups(Dataset[dict[str, Any] | None]):
     """Rows of groups that know the epoch they are drawn in."""
 
-    def __init__(self, groups: datasets.Dataset, token_ids: TokenIds | None = None) -> None:
+    def __init__(self, groups: "datasets.Dataset", token_ids: "TokenIds | None" = None) -> None:
         """Take groups and, in place of their texts, token ids if there are some."""
         self.groups = groups if token_ids is None else groups.select_columns(["query_id", "labels", "scores"])
         self.token_ids = token_ids

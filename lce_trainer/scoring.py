@@ -12,12 +12,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lce_trainer.collator import pad_pairs
+from lce_trainer.encoding import pad_pairs, pair_layout, tokenized
 from lce_trainer.errors import TrainingError
 from lce_trainer.lockstep import in_lockstep, with_the_others
 from lce_trainer.pair_template import encode_by_template, pair_template
 from lce_trainer.ragged import Encoded
-from lce_trainer.token_ids import pair_layout, tokenized
 
 WINDOW = 16384  # pairs in memory at once, of all ranks together: bounds what texts and token ids take
 

@@ -45,7 +45,7 @@ LEARNING |= {
     "scoring",
     "streaming",
 }
-LEARNING |= {"attention", "families", "packing", "token_ids", "ragged"}
+LEARNING |= {"attention", "dropout", "encoding", "families", "packing", "token_ids", "ragged"}
 SHARING = {"cards", "hub"}
 TOP = {"run", "fit", "stages", "cli", "__init__"}
 
@@ -105,6 +105,38 @@ def test_only_hub_uploads():
 def test_help_does_not_wait_for_torch():
     code = "import sys, lce_trainer, lce_trainer.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+WITH_TORCH_AND_TRANSFORMERS = """
+import sys
+for name in ("datasets", "evaluate", "pytrec_eval", "pyarrow", "pandas", "bm25s", "Stemmer", "jinja2"):
+    sys.modules[name] = None  # importing it fails
+
+import torch
+from lce_trainer import GroupCollator, Reranker, lce_loss
+from lce_trainer.packing import batch_scores, packs
+
+reranker = Reranker.from_pretrained(sys.argv[1], device="cpu")
+assert packs(reranker.model)
+passages = ["a moon", "sand and a river that flows"]
+before = [found.index for found in reranker.rank("what", passages)]
+row = {"query_id": "q", "query": "what", "passages": passages, "labels": [0.0, 1.0] if before[0] == 0 else [1.0, 0.0]}
+batch = GroupCollator(reranker.tokenizer, max_length=32, max_query_length=8)([row])
+inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+optimizer = torch.optim.AdamW(reranker.model.parameters(), lr=1e-2)
+for _ in range(20):
+    scores = batch_scores(reranker.model, inputs, reranker.model, torch.device("cpu"))
+    lce_loss(scores[None], batch["target"], batch["mask"]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+assert [found.index for found in reranker.rank("what", passages)] == before[::-1]
+"""
+
+
+def test_training_and_scoring_need_torch_and_transformers_alone(tiny_reranker):
+    command = [sys.executable, "-c", WITH_TORCH_AND_TRANSFORMERS, str(tiny_reranker)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_public_names_are_importable():

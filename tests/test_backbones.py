@@ -10,7 +10,7 @@ from datasets import Dataset
 from tiny_models import DECODERS, FAMILIES, POSITIONS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lce_trainer.collator import encode_groups
+from lce_trainer.encoding import encode_groups
 from lce_trainer.errors import TrainingError
 from lce_trainer.loading import longest_input
 from lce_trainer.reranker import Reranker

@@ -8,7 +8,8 @@ from conftest import build_tokenizer
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from lce_trainer.collator import GroupCollator, length_buckets, micro_batches, pad_pairs, select_groups
+from lce_trainer.collator import GroupCollator, micro_batches, select_groups
+from lce_trainer.encoding import length_buckets, pad_pairs
 from lce_trainer.errors import TrainingError
 from lce_trainer.ragged import Encoded
 from lce_trainer.sampling import EpochGroups, GroupSampler

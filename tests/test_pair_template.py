@@ -4,7 +4,8 @@ import pytest
 from conftest import ids_of_pairs
 from tiny_models import DECODERS, tiny_config, tiny_tokenizer
 
-from lce_trainer.collator import GroupCollator, encode_groups
+from lce_trainer.collator import GroupCollator
+from lce_trainer.encoding import encode_groups
 from lce_trainer.errors import TrainingError
 from lce_trainer.pair_template import encode_by_template, pair_template, settle_template
 

@@ -6,7 +6,7 @@ import torch
 from conftest import WORDS, build_model, build_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from lce_trainer.collator import pad_pairs
+from lce_trainer.encoding import pad_pairs
 from lce_trainer.errors import ConfigError, TrainingError
 from lce_trainer.loading import load_model
 from lce_trainer.notes import RAW_SCORES

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 
 from lce_trainer import Reranker
 from lce_trainer import scoring as module
+from lce_trainer.encoding import pair_layout
 from lce_trainer.errors import TrainingError
 from lce_trainer.pair_template import pair_template
 from lce_trainer.scoring import score_pairs, scoring_batches
-from lce_trainer.token_ids import pair_layout
 
 TESTS = Path(__file__).parent
 

@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader
 
 from lce_trainer.collator import GroupCollator
 from lce_trainer.conversion import to_groups
+from lce_trainer.encoding import pair_layout
 from lce_trainer.errors import TrainingError
 from lce_trainer.pair_template import settle_template
 from lce_trainer.sampling import EpochGroups, GroupSampler
 from lce_trainer.streaming import training_rows
-from lce_trainer.token_ids import pair_layout, token_ids
+from lce_trainer.token_ids import token_ids
 from lce_trainer.trainer import LCETrainer
 from lce_trainer.training_args import LCETrainingArguments
 
