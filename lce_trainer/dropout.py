@@ -31,6 +31,15 @@ class BulkDropout:
         """What the module makes of states of any shape."""
         module = self.module
         if not module.training or not 0 < module.p < 1 or module.inplace or states.device.type != "cpu":
-            return type(module).forward(module, states)
+            whole: Tensor = type(module).forward(module, states)
+            return whole
         dropped, part = drawn(states.shape, module.p)
-        return states * (~dropped).to(states.dtype).div_(1 - part)
+        kept: Tensor = states * (~dropped).to(states.dtype).div_(1 - part)
+        return kept
+
+
+def draw_in_bulk(model: nn.Module) -> None:
+    """Have all of a model's dropout modules draw in bulk."""
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            vars(module)["forward"] = BulkDropout(module)

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 
 from lce_trainer.attention import Packing, make_packing, packed_attention, places_in_pairs
-from lce_trainer.dropout import BulkDropout
+from lce_trainer.dropout import BulkDropout, draw_in_bulk
 from lce_trainer.encoding import length_buckets
 from lce_trainer.families import DECODERS, FAMILIES
 from lce_trainer.loading import POSITIONS_AFTER_PADDING, longest_input
@@ -58,9 +58,7 @@ def enable_packing(model: PreTrainedModel, read_only: bool = True) -> bool:
     model.set_attn_implementation(PACKED_ATTENTION)
     for module, packed in FAMILIES[kind](model, read_only):
         module.forward = _Packed(module, packed)
-    for module in model.modules():
-        if type(module) is nn.Dropout:
-            module.forward = BulkDropout(module)
+    draw_in_bulk(model)
     problem = _self_test(model)
     if problem:
         disable_packing(model)

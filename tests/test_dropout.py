@@ -8,14 +8,14 @@ import torch
 from conftest import build_model
 from torch import nn
 
-from lce_trainer.dropout import BulkDropout
+from lce_trainer.dropout import BulkDropout, draw_in_bulk
 from lce_trainer.packing import disable_packing, enable_packing
 
 
-def in_bulk(p: float = 0.3) -> nn.Dropout:
-    module = nn.Dropout(p)
-    module.forward = BulkDropout(module)
-    return module
+def in_bulk(p: float = 0.3) -> nn.Module:
+    model = nn.Sequential(nn.Dropout(p))
+    draw_in_bulk(model)
+    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
