@@ -1,10 +1,10 @@
 """Inference: pairs a second of ``Reranker.score``, ``CrossEncoder.predict`` and FlagEmbedding's reranker, in turn.
 
 ``python -m benchmarks.infer`` gives each the same checkpoint and the same pairs (MedQuAD questions with the answers
-that BM25 finds for them, whole, cut at 256 tokens), one after the other in one process, after choosing for each the
-batch size it is fastest with (``CrossEncoder.predict`` is shown at its default too): the candidates of one query in a call, as a search box has them, and of many. The scores
-must be the same, to rounding; the run fails if they are not. A ratio is the median over rounds of the ratio of two
-systems' seconds for the same pairs.
+that BM25 finds for them, whole, cut at 256 tokens), one after the other in one process: the candidates of one query in
+a call, as a search box has them, and of many. Each gets the batch size it is fastest with; ``CrossEncoder.predict`` is
+shown with its own too, as a user calls it who chooses none. The scores must be the same, to rounding; the run fails if
+they are not. A ratio is the median over rounds of the ratio of two systems' seconds for the same pairs.
 
 bf16 is bfloat16 weights. FlagEmbedding has float16 only, on GPUs, so it has no figure for bf16. ``torch.compile`` and
 ONNX Runtime (float32, where onnx and onnxruntime are installed) run the stock model on our batches, padded;

@@ -8,11 +8,6 @@ are not. A ratio is the median over rounds of the ratio of two systems' seconds 
 machine's own large matmul counts the products that a system makes, needed or not.
 """
 
-import argparse
-import json
-import os
-import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +15,15 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.data import MEDQUAD
+from benchmarks.measure import arguments, matmul_rate, median_ratio, save, seconds_of, spread
 from lce_trainer.config import LabelConfig, LLMConfig
 from lce_trainer.llm_local import TransformersLLM
 from lce_trainer.prompts import load_prompt
 from lce_trainer.queries import cut_words
 
-MEDQUAD = Path(__file__).parents[2] / "shared" / "data" / "medquad"
 OURS, NAIVE, CAREFUL = "lce_trainer", "naive loop", "careful loop"
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}  # nats a token
 
@@ -71,7 +66,7 @@ def measure(
         CAREFUL: lambda given: careful_loop(lm, tokenizer, given, batch),
     }
     drawn = draw_pairs(data, queries, pairs, rounds + 1)
-    peak = matmul_rate(lm)
+    peak = matmul_rate(lm.dtype)
     results: dict[str, Any] = {}
     ratios: dict[str, float] = {}
     for each in queries:
@@ -90,8 +85,9 @@ def measure(
             for name, spent in seconds.items()
         }
         for name in (NAIVE, CAREFUL):
-            ratio = float(np.median(np.divide(seconds[name], seconds[OURS])))
-            ratios[f"{each} queries a passage: pairs/s over those of the {name}"] = ratio
+            ratios[f"{each} queries a passage: pairs/s over those of the {name}"] = median_ratio(
+                seconds[name], seconds[OURS]
+            )
         for name, count in flops.items():
             ratios[f"{name}: share of the machine's own large matmul"] = count / seconds[name][0] / peak
     settings = {"pairs": pairs, "rounds": rounds, "batch": batch, "model": llm.name, "dtype": str(lm.dtype)}
@@ -171,11 +167,11 @@ def race(
     for turn, part in enumerate(parts):
         scores: dict[str, list[float]] = {}
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            synchronize()
-            started = time.perf_counter()
-            scores[name] = systems[name](part)
-            synchronize()
-            seconds[name].append(time.perf_counter() - started)
+
+            def work(name: str = name, part: Pairs = part, scores: dict[str, list[float]] = scores) -> None:
+                scores[name] = systems[name](part)
+
+            seconds[name].append(seconds_of(work))
         for name in names:
             worst[name] = max(worst[name], float(np.abs(np.subtract(scores[name], scores[OURS])).max()))
             if worst[name] > rounding:
@@ -190,40 +186,10 @@ def count_flops(work: Score, part: Pairs) -> int:
     return int(counter.get_total_flops())
 
 
-def matmul_rate(model: Any, times: int = 5) -> float:
-    """FLOP/s of one large square product in the model's precision; the best of several, which nothing disturbed."""
-    size = 2048 if model.device.type == "cpu" else 8192
-    left, right = (torch.randn(size, size, device=model.device).to(model.dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(times + 1):
-        synchronize()
-        started = time.perf_counter()
-        left @ right
-        synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
-def synchronize() -> None:
-    """Wait for the accelerator, if there is one."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = np.percentile(values, [25, 50, 75]).tolist()
-    return {"median": middle, "q25": low, "q75": high, "n": len(values)}
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the results, as judge.json")
+    parser = arguments((__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, default=MEDQUAD, help="folder with MedQuAD's files")
-    parser.add_argument("--short", action="store_true", help="3 rounds of 16 pairs")
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 2, 4, 8], help="that each passage meets")
     parser.add_argument("--pairs", type=int, help="of a round: 32, or 16 in the short form")
     parser.add_argument("--rounds", type=int, help="5, or 3 in the short form")
@@ -231,9 +197,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default=LLMConfig.model, help="as llm.model of a recipe")
     parser.add_argument("--dtype", default="auto", help="as llm.dtype of a recipe")
     args = parser.parse_args(argv)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     figures = measure(
         queries=args.queries,
         pairs=args.pairs or (16 if args.short else 32),
@@ -248,17 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         speeds = [row[name]["pairs_per_second"] for name in (OURS, NAIVE, CAREFUL)]
         shown = (f"{s['median']:.2f} ({s['q25']:.2f} to {s['q75']:.2f})" for s in speeds)
         print(f"{each + ' queries a passage':28s} " + " ".join(f"{one:>24s}" for one in shown))
-    for what, value in figures["ratios"].items():
-        print(f"{'judge':12s} {what:76s} {value:8.3g}", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    machine = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    (args.out / "judge.json").write_text(json.dumps({"machine": machine, **figures}, indent=1) + "\n", encoding="utf-8")
+    save(args.out, "judge", figures["settings"], figures["results"], figures["ratios"])
 
 
 if __name__ == "__main__":

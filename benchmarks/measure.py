@@ -46,9 +46,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "q25": low, "q75": high, "n": len(values)}
 
 
-def matmul_rate(precision: str, size: int = 2048, times: int = 5) -> float:
+def matmul_rate(dtype: torch.dtype, size: int = 2048, times: int = 5) -> float:
     """FLOP/s of one large square product on this machine; the best of several, which nothing disturbed."""
-    dtype = PRECISIONS[precision]
     size = size if device().type == "cpu" else 4 * size
     left, right = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
     left @ right

@@ -101,7 +101,7 @@ class _Profiled(TrainerCallback):
             self._profiler.__exit__(None, None, None)
             self.parts.append(by_class(self._profiler, whole))
             self.rates["linear layers"].append(3 * self._counted[0] / self.parts[-1]["linear layers"])
-            self.rates["large product"].append(matmul_rate(self._precision, times=3))
+            self.rates["large product"].append(matmul_rate(PRECISIONS[self._precision], times=3))
             self.rates["products alone"].append(rate_at_own_shapes(self._model, self._tokens, self._precision))
         self._counted[0] = 0.0
         if state.global_step < state.max_steps:

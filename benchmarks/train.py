@@ -30,7 +30,7 @@ from transformers import AutoModelForSequenceClassification, Trainer
 
 from benchmarks import peers
 from benchmarks.data import MEDQUAD, PACKAGED, medquad_groups, prepare_checkpoint, step_lengths
-from benchmarks.measure import arguments, matmul_rate, median_ratio, save, spread
+from benchmarks.measure import PRECISIONS, arguments, matmul_rate, median_ratio, save, spread
 from benchmarks.roofline import model_flops
 from benchmarks.turns import Timed, take_turns
 
@@ -120,11 +120,11 @@ def main(argv: list[str] | None = None) -> None:
         weights = AutoModelForSequenceClassification.from_pretrained(checkpoint)
         needed = [3 * model_flops(weights, step) for step in lengths]
         for precision in args.precision:
-            rate = matmul_rate(precision)
+            rate = matmul_rate(PRECISIONS[precision])
             options = {"batch": args.batch, "steps": steps, "warmup": args.warmup, "max_length": args.max_length}
             options["same"] = not args.dropout
             timed = race(builds, checkpoint, groups, precision=precision, **options)
-            rate = max(rate, matmul_rate(precision))
+            rate = max(rate, matmul_rate(PRECISIONS[precision]))
             results[precision] = {
                 "matmul_flops_per_second": rate,
                 "trainers": {
