@@ -190,7 +190,9 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = arguments((__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, default=MEDQUAD, help="folder with MedQuAD's files")
-    parser.add_argument("--queries", type=int, nargs="+", default=[1, 2, 4, 8], help="that each passage meets")
+    parser.add_argument(
+        "--queries", type=int, nargs="+", help="that each passage meets: 1 2 4 8, or 4 in the short form"
+    )
     parser.add_argument("--pairs", type=int, help="of a round: 32, or 16 in the short form")
     parser.add_argument("--rounds", type=int, help="5, or 3 in the short form")
     parser.add_argument("--batch", type=int, default=8, help="pairs of a batch of the loops")
@@ -198,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="auto", help="as llm.dtype of a recipe")
     args = parser.parse_args(argv)
     figures = measure(
-        queries=args.queries,
+        queries=args.queries or ([4] if args.short else [1, 2, 4, 8]),
         pairs=args.pairs or (16 if args.short else 32),
         rounds=args.rounds or (3 if args.short else 5),
         batch=args.batch,
