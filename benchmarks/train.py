@@ -10,8 +10,8 @@ MFU is what the model must compute for the real tokens, forward and backward, ov
 on this machine in the same run. Padding earns nothing, and the last layer counts whole even for those who leave out
 what is not read of it.
 
-``--dropout 0.1`` is how encoders are trained unless one says otherwise; each then draws its own, and the losses are not
-compared.
+Without dropout all compute the same, and the losses show it. With 0.1, as the checkpoint comes and is trained unless
+one says otherwise, each draws its own, and the losses are not compared.
 
 FlagEmbedding 1.4.2 runs beside transformers 5 and is measured where it is installed.
 """
@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ OURS = "lce_trainer"
 # How far a loss may be off ours. FlagEmbedding may read other last tokens of a passage that is cut; see peers.
 ROUNDING = {"fp32": 2e-4, "bf16": 0.05}
 OTHER_TOKENS = {"FlagEmbedding": 0.05}
+NOT_IN_SHORT = {"lce_trainer, padded", "sentence-transformers, whole batch at once"}
 
 Build = Callable[[Path, datasets.Dataset, int, dict[str, Any]], Trainer]
 
@@ -104,60 +106,55 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=1, help="steps before")
     parser.add_argument("--precision", nargs="+", choices=ROUNDING, default=list(ROUNDING))
     parser.add_argument("--only", nargs="+", help="names of the trainers, besides ours")
-    parser.add_argument("--dropout", type=float, default=0.0, help="of the checkpoint that all train")
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1], help="of the checkpoint that all train")
     parser.add_argument("--name", default="train", help="of the results")
     args = parser.parse_args(argv)
     steps = args.steps or (4 if args.short else 12)
-    builds = {name: build for name, build in systems().items() if not args.only or name in {OURS, *args.only}}
+    left_out = NOT_IN_SHORT if args.short else set()
+    wanted = {OURS, *args.only} if args.only else systems().keys() - left_out
+    builds = {name: build for name, build in systems().items() if name in wanted}
     groups = medquad_groups(args.data, queries=args.batch * (steps + args.warmup), size=args.group_size)
     results: dict[str, Any] = {}
     ratios: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as work:
-        checkpoint = prepare_checkpoint(
-            args.model, Path(work) / "model", max_length=args.max_length, dropout=args.dropout
-        )
-        lengths = step_lengths(checkpoint, groups, args.batch, args.max_length)[args.warmup :]
-        weights = AutoModelForSequenceClassification.from_pretrained(checkpoint)
-        needed = [3 * model_flops(weights, step) for step in lengths]
-        for precision in args.precision:
+    for dropout, precision in product(args.dropout, args.precision):
+        what = f"{precision}, dropout {dropout:g}"
+        with tempfile.TemporaryDirectory() as work:
+            checkpoint = prepare_checkpoint(args.model, Path(work), max_length=args.max_length, dropout=dropout)
+            lengths = step_lengths(checkpoint, groups, args.batch, args.max_length)[args.warmup :]
+            weights = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+            needed = [3 * model_flops(weights, step) for step in lengths]
             rate = matmul_rate(PRECISIONS[precision])
             options = {"batch": args.batch, "steps": steps, "warmup": args.warmup, "max_length": args.max_length}
-            options["same"] = not args.dropout
-            timed = race(builds, checkpoint, groups, precision=precision, **options)
+            timed = race(builds, checkpoint, groups, precision=precision, same=not dropout, **options)
             rate = max(rate, matmul_rate(PRECISIONS[precision]))
-            results[precision] = {
-                "matmul_flops_per_second": rate,
-                "trainers": {
-                    name: {
-                        "pairs_per_second": spread([len(n) / s for n, s in zip(lengths, one.seconds, strict=True)]),
-                        "mfu": spread([f / s / rate for f, s in zip(needed, one.seconds, strict=True)])["median"],
-                        "seconds": one.seconds,
-                        "cpu_seconds": one.cpu_seconds,
-                        "losses": one.losses,
-                    }
-                    for name, one in timed.items()
-                },
-            }
-            show(precision, results[precision]["trainers"])
-            for name in builds:
-                if name != OURS:
-                    what = f"{precision}: pairs/s over those of {name}"
-                    ratios[what] = median_ratio(timed[name].seconds, timed[OURS].seconds)
+        results[what] = {
+            "matmul_flops_per_second": rate,
+            "trainers": {
+                name: {
+                    "pairs_per_second": spread([len(n) / s for n, s in zip(lengths, one.seconds, strict=True)]),
+                    "mfu": spread([f / s / rate for f, s in zip(needed, one.seconds, strict=True)])["median"],
+                    "seconds": one.seconds,
+                    "cpu_seconds": one.cpu_seconds,
+                    "losses": one.losses,
+                }
+                for name, one in timed.items()
+            },
+        }
+        show(what, results[what]["trainers"])
+        for name in [name for name in builds if name != OURS]:
+            ratios[f"{what}: pairs/s over those of {name}"] = median_ratio(timed[name].seconds, timed[OURS].seconds)
     settings = {
-        **{
-            name: str(getattr(args, name))
-            for name in ("model", "batch", "group_size", "max_length", "warmup", "dropout")
-        },
+        **{name: str(getattr(args, name)) for name in ("model", "batch", "group_size", "max_length", "warmup")},
         "steps": steps,
         "tokens_per_pair": spread([n for step in lengths for n in step]),
     }
     save(args.out, args.name, settings, results, ratios)
 
 
-def show(precision: str, trainers: dict[str, Any]) -> None:
-    """The table of one precision."""
+def show(what: str, trainers: dict[str, Any]) -> None:
+    """The table of one precision and dropout."""
     rows: Iterable[tuple[str, dict[str, Any]]] = trainers.items()
-    print(f"\n{precision:44s} {'pairs/s':>8s} {'quartiles':>17s} {'MFU':>6s} {'CPU s':>6s}")
+    print(f"\n{what:44s} {'pairs/s':>8s} {'quartiles':>17s} {'MFU':>6s} {'CPU s':>6s}")
     for name, row in rows:
         speed = row["pairs_per_second"]
         quartiles = f"{speed['q25']:.1f} to {speed['q75']:.1f}"

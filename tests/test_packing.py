@@ -121,6 +121,16 @@ def gradients(model, scores: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def check_equal(model, scores: torch.Tensor, padded: torch.Tensor, wanted: dict[str, torch.Tensor]) -> None:
+    """Packed scores, and the gradients they give, are those of the padded pass."""
+    assert padded.std() > 1e-3
+    torch.testing.assert_close(scores, padded, rtol=0, atol=1e-9)
+    got = gradients(model, scores)
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize("read_only", [True, False], ids=["read only", "whole last layer"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_packed_logits_and_gradients_are_the_padded_ones(family, read_only):
@@ -129,13 +139,7 @@ def test_packed_logits_and_gradients_are_the_padded_ones(family, read_only):
     padded = model(**batch).logits[:, 0]
     wanted = gradients(model, padded)
     assert enable_packing(model, read_only)
-    packed = packed_scores(model, batch)
-    assert padded.std() > 1e-3
-    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-9)
-    got = gradients(model, packed)
-    assert got.keys() == wanted.keys()
-    for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    check_equal(model, packed_scores(model, batch), padded, wanted)
 
 
 @pytest.mark.parametrize("read_only", [True, False], ids=["read only", "whole last layer"])
@@ -149,12 +153,7 @@ def test_a_packed_language_model_answers_as_a_padded_one(family, read_only):
     padded = pair_logits(model, batch, model)
     wanted = gradients(model, padded)
     assert enable_packing(model, read_only)
-    packed = packed_scores(model, batch)
-    assert padded.std() > 1e-3
-    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-9)
-    got = gradients(model, packed)
-    for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    check_equal(model, packed_scores(model, batch), padded, wanted)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -259,10 +258,7 @@ def test_a_long_row_is_filled_up_and_the_filler_changes_nothing(family):
     packed = scores_of(model, batch, lengths, model.config)
     hook.remove()
     assert rows == [(1, 1056)]
-    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-9)
-    got = gradients(model, packed)
-    for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    check_equal(model, packed, padded, wanted)
 
 
 def test_long_rows_have_few_lengths_and_little_filler():
