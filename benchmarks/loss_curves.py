@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default=PACKAGED)
     parser.add_argument("--data", type=Path, default=MEDQUAD, help="folder with MedQuAD's files")
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--steps", type=int, help="40, or 10 in the short form")
+    parser.add_argument("--steps", type=int, help="40, or 6 in the short form")
     args = parser.parse_args(argv)
-    steps = args.steps or (10 if args.short else 40)
+    steps = args.steps or (6 if args.short else 40)
     groups = medquad_groups(args.data, queries=max(OBJECTIVES.values()) * steps)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lce_trainer.dropout import drawn
+from lce_trainer.cpu import drawn
 
 logger = logging.getLogger(__name__)
 

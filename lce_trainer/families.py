@@ -16,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
 from lce_trainer.attention import Packing, attend
+from lce_trainer.cpu import is_plain, linear
 from lce_trainer.yes_no import answer_scores, answers_of
 
 Patch = tuple[nn.Module, Callable[..., Any]]  # a module, and its forward for packed rows
@@ -65,20 +66,11 @@ def _whole_layer(layer: nn.Module, hidden_states: Tensor, *args: Any, packing: P
 
 def _project(states: Tensor, layers: Sequence[Any], size: int) -> Sequence[Tensor]:
     """What linear layers make of all states, by heads, each of shape ``(tokens, heads, size)``."""
-    if _are_plain(*layers):
+    if is_plain(*layers):
         weight = torch.cat([layer.weight for layer in layers])
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        return functional.linear(states, weight, bias).view(len(states), len(layers), -1, size).unbind(1)
+        return linear(states, weight, bias).view(len(states), len(layers), -1, size).unbind(1)
     return [layer(states).unflatten(1, (-1, size)) for layer in layers]
-
-
-def _are_plain(*layers: nn.Module) -> bool:
-    """Whether these are linear layers, and nobody counts on their being called, as DeepSpeed does to gather weights."""
-    return all(
-        type(layer) is nn.Linear
-        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
-        for layer in layers
-    )
 
 
 def _bert_attention(attention: Any, hidden_states: Tensor, *_: Any, packing: Packing, **__: Any) -> tuple[Tensor, None]:
@@ -123,7 +115,7 @@ def _read_attention(
     read, size = tokens[packing.read], attention.attention_head_size
     dropout = attention.dropout.p if attention.training else 0.0
     q = query(read).view(len(read), -1, size)
-    if tokens.device.type == "cpu" and _are_plain(key, value):
+    if tokens.device.type == "cpu" and is_plain(key, value):
         # As all attention on a CPU in float32 or wider: thin products gain nothing from half precision.
         with torch.autocast("cpu", enabled=False):
             wide = torch.promote_types(tokens.dtype, torch.float32)

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 
 from lce_trainer.attention import Packing, make_packing, packed_attention, places_in_pairs
-from lce_trainer.dropout import BulkDropout, draw_in_bulk
+from lce_trainer.cpu import Replacement, speed_up
 from lce_trainer.encoding import length_buckets
 from lce_trainer.families import DECODERS, FAMILIES
 from lce_trainer.loading import POSITIONS_AFTER_PADDING, longest_input
@@ -56,9 +56,9 @@ def enable_packing(model: PreTrainedModel, read_only: bool = True) -> bool:
     AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
     model._attention_when_padded = model.config._attn_implementation
     model.set_attn_implementation(PACKED_ATTENTION)
+    speed_up(model)
     for module, packed in FAMILIES[kind](model, read_only):
         module.forward = _Packed(module, packed)
-    draw_in_bulk(model)
     problem = _self_test(model)
     if problem:
         disable_packing(model)
@@ -71,7 +71,7 @@ def packs(model: PreTrainedModel) -> bool:
     model = _without_adapters(model)
     by_config = model.config._attn_implementation == PACKED_ATTENTION
     # A config can be shared with a model that was never enabled.
-    return by_config and any(_is_patched(module, _Packed) for module in model.modules())
+    return by_config and any(isinstance(module.__dict__.get("forward"), _Packed) for module in model.modules())
 
 
 def disable_packing(model: PreTrainedModel) -> None:
@@ -80,26 +80,22 @@ def disable_packing(model: PreTrainedModel) -> None:
     if not packs(model):
         return
     for module in model.modules():
-        if _is_patched(module, _Packed, BulkDropout):
+        if isinstance(module.__dict__.get("forward"), Replacement):
             del module.forward
     model.set_attn_implementation(model._attention_when_padded)
 
 
-class _Packed:
-    """A module's forward for packed rows; without a packing, its class's own. Can be copied and pickled."""
+class _Packed(Replacement):
+    """A module's forward for packed rows; without a packing, its class's own."""
 
     def __init__(self, module: nn.Module, packed: Callable[..., Any]) -> None:
-        self.module = module
+        super().__init__(module)
         self.packed = packed
 
     def __call__(self, *args: Any, packing: Packing | None = None, **kwargs: Any) -> Any:
         if packing is None:
             return type(self.module).forward(self.module, *args, **kwargs)
         return self.packed(self.module, *args, packing=packing, **kwargs)
-
-
-def _is_patched(module: nn.Module, *kinds: type) -> bool:
-    return isinstance(module.__dict__.get("forward"), kinds)
 
 
 def _without_adapters(model: PreTrainedModel) -> Any:

@@ -45,7 +45,7 @@ LEARNING |= {
     "scoring",
     "streaming",
 }
-LEARNING |= {"attention", "dropout", "encoding", "families", "packing", "token_ids", "ragged"}
+LEARNING |= {"attention", "cpu", "encoding", "families", "packing", "token_ids", "ragged"}
 SHARING = {"cards", "hub"}
 TOP = {"run", "fit", "stages", "cli", "__init__"}
 

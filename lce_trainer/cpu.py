@@ -1,0 +1,142 @@
+"""What a CPU does faster than PyTorch's own modules have it done.
+
+Dropout is drawn in bulk: PyTorch draws on one core, one number at a time, which on CPUs not made by Intel was a third
+of a training step. Linear layers of which no gradient is asked go by oneDNN, bias and GELU within the product: PyTorch
+has float32 products made by MKL, between two more passes over the result.
+"""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Replacement:
+    """Stands on a module's instance for its class's ``forward``; can be copied and pickled with it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+
+def speed_up(model: nn.Module) -> None:
+    """Give a model's modules their replacements, which on other devices do what the class does."""
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            vars(module)["forward"] = BulkDropout(module)
+        elif type(module) is nn.Linear:
+            vars(module)["forward"] = FusedLinear(module)
+        elif _is_linear_then_gelu(module):
+            vars(module)["forward"] = FusedLinearGelu(module)
+
+
+class BulkDropout(Replacement):
+    """Of ``nn.Dropout``."""
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Of states of any shape."""
+        p = float(self.module.p)
+        if not self.module.training or not 0 < p < 1 or states.device.type != "cpu":
+            return functional.dropout(states, p, self.module.training)
+        dropped, part = drawn(states.shape, p)
+        kept: Tensor = states * (~dropped).to(states.dtype).div_(1 - part)
+        return kept
+
+
+class FusedLinear(Replacement):
+    """Of ``nn.Linear``."""
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Of states of shape ``(..., inputs)``."""
+        return linear(states, self.module.weight, self.module.bias)
+
+
+class FusedLinearGelu(Replacement):
+    """Of the first half of a feed-forward layer, where that is a linear layer and GELU."""
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Of states of shape ``(..., inputs)``."""
+        dense = self.module.dense
+        if is_plain(dense) and _goes_fused(states, dense.weight):
+            return _fused(states, dense.weight, dense.bias, gelu=True)
+        return functional.gelu(dense(states))
+
+
+def is_plain(*layers: Any) -> bool:
+    """Whether these are linear layers, and nobody counts on their being called, as DeepSpeed does to gather weights."""
+    return all(
+        type(layer) is nn.Linear
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and isinstance(layer.__dict__.get("forward"), (FusedLinear, type(None)))
+        for layer in layers
+    )
+
+
+def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``torch.nn.functional.linear``, faster on a CPU where no gradient is asked for."""
+    return _fused(states, weight, bias) if _goes_fused(states, weight) else functional.linear(states, weight, bias)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def drawn(shape: torch.Size, dropout: float) -> tuple[Tensor, float]:
+    """What dropout drops, True where dropped, and the part of it that is expected.
+
+    Drawn by numpy under a seed from torch's generator, so whoever sets that gets the same again.
+    """
+    level = round(dropout * 65536)  # of the 65536 that 16 bits hold
+    seed = int(torch.randint(1 << 62, ()))
+    numbers = np.random.SFC64(seed).random_raw(-(-shape.numel() // 4)).view(np.uint16)[: shape.numel()]
+    return torch.from_numpy(numbers < level).view(shape), level / 65536
+
+
+def _is_linear_then_gelu(module: Any) -> bool:
+    """Whether it is the ``intermediate`` of BERT and its like."""
+    if not type(module).__name__.endswith("Intermediate") or {name for name, _ in module.named_children()} != {
+        "dense",
+        "intermediate_act_fn",
+    }:
+        return False
+    probe = torch.linspace(-3, 3, 61)
+    activation = module.intermediate_act_fn
+    return not list(activation.parameters()) and torch.equal(activation(probe), functional.gelu(probe))
+
+
+def _goes_fused(states: Tensor, weight: Tensor) -> bool:
+    return (
+        not torch.is_grad_enabled()
+        and states.device.type == weight.device.type == "cpu"
+        and states.dtype == weight.dtype
+        and type(weight) in (Tensor, nn.Parameter)  # and no shard of one
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and _fusing_works(weight.dtype)
+    )
+
+
+def _fused(states: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """By the operation that ``torch.compile`` puts in for linear layers."""
+    kind, algorithm = ("gelu", "none") if gelu else ("none", "")
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, kind, [], algorithm)
+    return made
+
+
+@cache
+@torch.inference_mode()
+def _fusing_works(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch on this CPU has the operation, and it does what it should."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    draw = torch.Generator().manual_seed(0)
+    states, weight, bias = (torch.randn(shape, generator=draw).to(dtype) for shape in ((3, 5, 64), (48, 64), (48,)))
+    for some, gelu in ((bias, False), (None, False), (bias, True)):
+        try:
+            found = _fused(states, weight, some, gelu).double()
+        except (RuntimeError, AttributeError, TypeError, NotImplementedError):
+            return False
+        wanted = functional.linear(states.double(), weight.double(), None if some is None else some.double())
+        wanted = functional.gelu(wanted) if gelu else wanted
+        if not float((found - wanted).norm() / wanted.norm()) <= 4 * torch.finfo(dtype).eps:
+            return False
+    return True
