@@ -233,6 +233,8 @@ def fuse(run_a: Run, run_b: Run) -> dict[str, dict[str, float]]:
 
 
 def _standardize(scores: Mapping[str, float], doc_ids: Sequence[str]) -> np.ndarray:
+    if not doc_ids:  # a query that neither run has a ranking for
+        return np.zeros(0)
     lowest = min(scores.values(), default=0.0)
     values = np.array([scores.get(doc_id, lowest) for doc_id in doc_ids], dtype=np.float64)
     values -= values.mean()

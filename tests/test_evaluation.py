@@ -153,6 +153,11 @@ def test_fuse_weighs_both_runs_alike_whatever_their_scales():
     assert fuse(a, a)["q"] == pytest.approx({"x": math.sqrt(1.5), "y": -math.sqrt(1.5), "z": 0.0})
 
 
+@pytest.mark.filterwarnings("error")
+def test_fuse_of_a_query_without_rankings_is_empty_and_warns_of_nothing():
+    assert fuse({"q": {}, "r": {"x": 1.0}}, {"q": {}}) == {"q": {}, "r": {"x": 0.0}}
+
+
 def test_fuse_takes_the_lowest_score_for_a_document_one_run_lacks_and_survives_equal_scores():
     fused = fuse({"q": {"x": 1.0, "y": 1.0}, "only": {"x": 2.0, "y": 1.0}}, {"q": {"x": 5.0, "y": 4.0, "new": 3.0}})
     assert fused["q"]["x"] > fused["q"]["y"] > fused["q"]["new"]
