@@ -102,14 +102,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=4, help="groups a step")
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--steps", type=int, help="measured steps; 12, or 4 in the short form")
+    parser.add_argument("--steps", type=int, help="measured steps; 12, or 3 in the short form")
     parser.add_argument("--warmup", type=int, default=1, help="steps before")
     parser.add_argument("--precision", nargs="+", choices=ROUNDING, default=list(ROUNDING))
     parser.add_argument("--only", nargs="+", help="names of the trainers, besides ours")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1], help="of the checkpoint that all train")
     parser.add_argument("--name", default="train", help="of the results")
     args = parser.parse_args(argv)
-    steps = args.steps or (4 if args.short else 12)
+    steps = args.steps or (3 if args.short else 12)
     left_out = NOT_IN_SHORT if args.short else set()
     wanted = {OURS, *args.only} if args.only else systems().keys() - left_out
     builds = {name: build for name, build in systems().items() if name in wanted}
