@@ -285,9 +285,10 @@ def _rehearse(trainer: Any, model: Any, rows: list[dict[str, Any]]) -> tuple[flo
     token = (kept[1] - kept[0]) / (tokens[1] - tokens[0]) if tokens[1] > tokens[0] else kept[1] / tokens[1]
     fixed = max(kept[1] - token * tokens[1], 0.0)
     if _checkpointed(model):
-        # Kept are the layers' inputs, and all of the one layer that is being run again.
+        # Kept are the layers' inputs, and of the one layer that is being run again all results and their gradients.
+        # What a last layer keeps of which one token is read is next to nothing.
         layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
-        token = token / layers + 4 * hidden * layers
+        token = min(token, 2 * token / max(layers - 1, 1) + 4 * hidden * layers)
     return fixed, token, 3 * seconds / tokens[1]
 
 

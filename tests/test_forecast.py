@@ -120,11 +120,13 @@ def test_forecasting_leaves_no_trace(tmp_path):
 
 
 def test_activation_checkpointing_is_taken_into_account_and_left_on(tmp_path):
-    model = build_model()
+    config = build_model().config
+    config.num_hidden_layers = 6
+    model = type(build_model())(config)
     plain = forecast(make_trainer(tmp_path, make_groups(8), model=model))
     model.activation_checkpointing_enable()
     less = forecast(make_trainer(tmp_path, make_groups(8), model=model))
-    assert less.token < plain.token
+    assert less.token < 0.6 * plain.token
     assert all(layer.gradient_checkpointing for layer in model.bert.encoder.layer)
 
 
