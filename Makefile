@@ -10,7 +10,7 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/lce-trainer run recipes/quickstart/recipe.yaml
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
