@@ -178,11 +178,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--queries", type=int, nargs="+", help="in a call; 1 and 4, or 1 in the short form")
     parser.add_argument("--candidates", type=int, default=32, help="of a query")
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, help="calls of each kind: 9, or 4 in the short form")
+    parser.add_argument("--rounds", type=int, help="calls of each kind: 9, or 3 in the short form")
     parser.add_argument("--precision", nargs="+", choices=ROUNDING, default=list(ROUNDING))
     parser.add_argument("--name", default="infer", help="of the results")
     args = parser.parse_args(argv)
-    rounds = args.rounds or (4 if args.short else 9)
+    rounds = args.rounds or (3 if args.short else 9)
     args.queries = args.queries or ([1] if args.short else [1, 4])
     groups = medquad_groups(args.data, queries=max(args.queries) * (rounds + 1), size=args.candidates)
     pairs = [(row["query"], text) for row in groups for text in row["passages"]]

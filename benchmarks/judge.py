@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         "--queries", type=int, nargs="+", help="that each passage meets: 1 2 4 8, or 4 in the short form"
     )
     parser.add_argument("--pairs", type=int, help="of a round: 32, or 16 in the short form")
-    parser.add_argument("--rounds", type=int, help="5, or 3 in the short form")
+    parser.add_argument("--rounds", type=int, help="5, or 2 in the short form")
     parser.add_argument("--batch", type=int, default=8, help="pairs of a batch of the loops")
     parser.add_argument("--model", default=LLMConfig.model, help="as llm.model of a recipe")
     parser.add_argument("--dtype", default="auto", help="as llm.dtype of a recipe")
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     figures = measure(
         queries=args.queries or ([4] if args.short else [1, 2, 4, 8]),
         pairs=args.pairs or (16 if args.short else 32),
-        rounds=args.rounds or (3 if args.short else 5),
+        rounds=args.rounds or (2 if args.short else 5),
         batch=args.batch,
         model=args.model,
         dtype=args.dtype,
