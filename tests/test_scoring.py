@@ -223,6 +223,7 @@ for name, mine in dict(texts=make_pairs(4, seed=rank), fewer=make_pairs(20)[: 20
         reranker.score(mine, accelerator=accelerator)
     except TrainingError as error:
         found[name] = str(error)
+found = dict((key, torch.from_numpy(value) if hasattr(value, "dtype") else value) for key, value in found.items())
 torch.save(found, {out!r} + f"/{{rank}}.pt")
 accelerator.end_training()
 """
@@ -239,7 +240,8 @@ def shared(tiny_reranker, tmp_path_factory):
         [*command, str(out / "share.py")], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    got = [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return [{key: value.numpy() if torch.is_tensor(value) else value for key, value in rank.items()} for rank in got]
 
 
 def test_processes_that_share_the_pairs_get_the_scores_of_one(shared, tiny_reranker):
