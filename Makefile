@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow bench check format clean
+.PHONY: quickstart test test-gpu test-slow bench check format clean
 
 # From the documentation inside your own Python to a reranker, in about 11 minutes on two cores.
 quickstart: $(VENV)/.quickstart
@@ -11,6 +11,9 @@ quickstart: $(VENV)/.quickstart
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-gpu: $(VENV)/.dev
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest tests/test_gpu.py
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

@@ -68,6 +68,13 @@ def ours(checkpoint: Path, groups: datasets.Dataset, max_length: int, shared: di
     return LCETrainer(model=load_model(checkpoint), args=args, train_dataset=groups, processing_class=tokenizer)
 
 
+def ours_compiled(checkpoint: Path, groups: datasets.Dataset, max_length: int, shared: dict[str, Any]) -> Trainer:
+    """The same as ``torch_compile`` makes it, which would compile every trainer of this process."""
+    trainer = ours(checkpoint, groups, max_length, shared)
+    trainer.model.compile(dynamic=True)
+    return trainer
+
+
 def sentence_transformers(
     checkpoint: Path,
     groups: datasets.Dataset,

@@ -10,6 +10,9 @@ MFU is what the model must compute for the real tokens, forward and backward, ov
 on this machine in the same run. Padding earns nothing, and the last layer counts whole even for those who leave out
 what is not read of it.
 
+On a GPU the steps that are measured are run once before, because there the first product of a shape, or the first
+attention, waits until a kernel is chosen or built for it, up to 0.1 s; a long run has that behind it.
+
 Without dropout all compute the same, and the losses show it. With 0.1, as the checkpoint comes and is trained unless
 one says otherwise, each draws its own, and the losses are not compared.
 
@@ -31,7 +34,7 @@ from transformers import AutoModelForSequenceClassification, Trainer
 
 from benchmarks import peers
 from benchmarks.data import MEDQUAD, PACKAGED, medquad_groups, prepare_checkpoint, step_lengths
-from benchmarks.measure import PRECISIONS, arguments, matmul_rate, median_ratio, save, spread
+from benchmarks.measure import PRECISIONS, arguments, device, matmul_rate, median_ratio, save, spread
 from benchmarks.roofline import model_flops
 from benchmarks.turns import Timed, take_turns
 
@@ -47,6 +50,8 @@ Build = Callable[[Path, datasets.Dataset, int, dict[str, Any]], Trainer]
 def systems() -> dict[str, Build]:
     """The trainers that can run here, by name."""
     found: dict[str, Build] = {OURS: peers.ours}
+    if device().type != "cpu":
+        found["lce_trainer, compiled"] = peers.ours_compiled
     if peers.can_choose_packing():
         found["lce_trainer, padded"] = partial(peers.ours, packing="none")
     if find_spec("sentence_transformers"):
@@ -103,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--steps", type=int, help="measured steps; 12, or 3 in the short form")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before")
+    parser.add_argument("--warmup", type=int, help="steps before; 1, or on a GPU those that are measured")
     parser.add_argument("--precision", nargs="+", choices=ROUNDING, default=list(ROUNDING))
     parser.add_argument("--only", nargs="+", help="names of the trainers, besides ours")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1], help="of the checkpoint that all train")
@@ -113,18 +118,23 @@ def main(argv: list[str] | None = None) -> None:
     left_out = NOT_IN_SHORT if args.short else set()
     wanted = {OURS, *args.only} if args.only else systems().keys() - left_out
     builds = {name: build for name, build in systems().items() if name in wanted}
-    groups = medquad_groups(args.data, queries=args.batch * (steps + args.warmup), size=args.group_size)
+    again = args.warmup is None and device().type != "cpu"
+    warmup = steps if again else 1 if args.warmup is None else args.warmup
+    first = 0 if again else warmup  # that is measured
+    groups = medquad_groups(args.data, queries=args.batch * (first + steps), size=args.group_size)
+    if len(groups) < args.batch * (first + steps):
+        raise SystemExit(f"{args.data} has {len(groups)} groups: too few for {first + steps} steps of {args.batch}")
     results: dict[str, Any] = {}
     ratios: dict[str, float] = {}
     for dropout, precision in product(args.dropout, args.precision):
         what = f"{precision}, dropout {dropout:g}"
         with tempfile.TemporaryDirectory() as work:
             checkpoint = prepare_checkpoint(args.model, Path(work), max_length=args.max_length, dropout=dropout)
-            lengths = step_lengths(checkpoint, groups, args.batch, args.max_length)[args.warmup :]
+            lengths = step_lengths(checkpoint, groups, args.batch, args.max_length)[first:]
             weights = AutoModelForSequenceClassification.from_pretrained(checkpoint)
             needed = [3 * model_flops(weights, step) for step in lengths]
             rate = matmul_rate(PRECISIONS[precision])
-            options = {"batch": args.batch, "steps": steps, "warmup": args.warmup, "max_length": args.max_length}
+            options = {"batch": args.batch, "steps": steps, "warmup": warmup, "max_length": args.max_length}
             timed = race(builds, checkpoint, groups, precision=precision, same=not dropout, **options)
             rate = max(rate, matmul_rate(PRECISIONS[precision]))
         results[what] = {
@@ -144,7 +154,8 @@ def main(argv: list[str] | None = None) -> None:
         for name in [name for name in builds if name != OURS]:
             ratios[f"{what}: pairs/s over those of {name}"] = median_ratio(timed[name].seconds, timed[OURS].seconds)
     settings = {
-        **{name: str(getattr(args, name)) for name in ("model", "batch", "group_size", "max_length", "warmup")},
+        **{name: str(getattr(args, name)) for name in ("model", "batch", "group_size", "max_length")},
+        "warmup": warmup,
         "steps": steps,
         "tokens_per_pair": spread([n for step in lengths for n in step]),
     }

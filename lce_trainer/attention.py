@@ -7,6 +7,7 @@ and write the row in place, and nothing is padded or masked.
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
@@ -35,6 +36,7 @@ class Packing:
         lengths: Tokens of each pair, on the host, shape ``(pairs,)``; ascending.
         read: Index of the token that the head reads of each pair, shape ``(pairs,)``.
         starts: Index of each pair's first token and the number of tokens, shape ``(pairs + 1,)``, int32.
+        longest: Tokens of the longest pair.
         calls: ``(pairs, length)`` of each length there is.
         masks: Which keys a query sees, by length, window and direction, where those are not all.
     """
@@ -42,6 +44,7 @@ class Packing:
     lengths: np.ndarray
     read: Tensor
     starts: Tensor
+    longest: int
     calls: list[tuple[int, int]]
     masks: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
 
@@ -65,6 +68,7 @@ def make_packing(lengths: np.ndarray, device: torch.device | str, reads_last: bo
         lengths,
         torch.as_tensor(starts[1:] - 1 if reads_last else starts[:-1]).to(device, non_blocking=True),
         torch.as_tensor(starts, dtype=torch.int32).to(device, non_blocking=True),
+        int(lengths[-1]),
         list(zip(pairs.tolist(), distinct.tolist(), strict=True)),
     )
 
@@ -153,16 +157,15 @@ def attend(
     half = query.dtype in (torch.float16, torch.bfloat16)
     if half and device == "cuda" and query.shape[-1] % 8 == 0 and _kernel_works(query.device):
         return flash_attention(query, key, value, packing, causal, dropout, scaling, window)
-    if half and device == "cpu":
-        # A CPU's fused kernel is faster in float32, backward twice as fast. Autocast would undo that.
-        with torch.autocast("cpu", enabled=False):
-            context = attend_by_calls(
-                query.float(), key.float(), value.float(), packing, causal, dropout, scaling, window
-            )
-        return context.to(query.dtype)
-    return attend_by_calls(query, key, value, packing, causal, dropout, scaling, window)
+    dtype, wide = query.dtype, half and device == "cpu"
+    if wide:  # a CPU's fused kernel is faster in float32, backward twice as fast
+        query, key, value = query.float(), key.float(), value.float()
+    with torch.autocast(device, enabled=False) if wide else nullcontext():  # which would undo that
+        context: Tensor = attend_by_calls(query, key, value, packing, causal, dropout, scaling, window)
+    return context.to(dtype)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_by_calls(
     query: Tensor,
     key: Tensor,
@@ -217,6 +220,7 @@ def _attend_by_products(
     return torch.bmm(kept, v).div(1 - part).view(pairs, heads, queries, size)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _within(window: int, key: Tensor, value: Tensor, packing: Packing, causal: bool) -> tuple[Tensor, Tensor, Packing]:
     """Keys and values that the token which is read sees in its window, and their layout."""
     seen = np.minimum(packing.lengths, window)
@@ -241,7 +245,7 @@ def flash_attention(
     The operation under ``torch.nn.attention.varlen``, which gives it no dropout, and under attention on
     nested tensors, which gives it no window. It lines the last query up with the last key.
     """
-    one_query, longest = len(query) != len(key), int(packing.lengths[-1])
+    one_query = len(query) != len(key)
     starts = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device) if one_query else packing.starts
     windows = (
         {} if window is None else {"window_size_left": window - 1, "window_size_right": 0 if causal else window - 1}
@@ -252,8 +256,8 @@ def flash_attention(
         value,
         starts,
         packing.starts,
-        1 if one_query else longest,
-        longest,
+        1 if one_query else packing.longest,
+        packing.longest,
         dropout,
         causal and window is None,
         False,
@@ -263,9 +267,15 @@ def flash_attention(
     return context
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _kernel_works(device: torch.device) -> bool:
-    """Whether a GPU's kernel does what it should; why not is logged, once."""
+    """Whether a GPU's kernel does what it should."""
+    return _checked_kernel(device)
+
+
+@cache
+def _checked_kernel(device: torch.device) -> bool:
+    """The same, compared once; why not is logged."""
     problem = kernel_problem(flash_attention, device, torch.bfloat16)
     if problem:
         logger.warning("attention on %s goes by calls, one for each length: the kernel %s", device, problem)

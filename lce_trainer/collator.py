@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -73,7 +72,7 @@ class GroupCollator:
             right, groups one after the other with the positive first; ``mask``, ``labels`` and
             ``teacher`` (NaN where unknown), shape ``(groups, width)``; ``target``, shape
             ``(groups,)``; and on the host, for those who cut the batch: ``group_sizes``,
-            ``lengths`` (tokens of each pair), ``query_ids``, ``cut_pairs``. No rows at all give
+            ``lengths`` (tokens of each pair, an array), ``query_ids``, ``cut_pairs``. No rows at all give
             one empty pair and no group, so that every rank has something to run. What the last row
             tells of its ``stream`` is passed on.
         """
@@ -90,7 +89,7 @@ class GroupCollator:
             "teacher": _grid(mask, [row.get("scores") for row in groups], draws, math.nan),
             "target": torch.zeros(len(groups), dtype=torch.long),
             "group_sizes": sizes,
-            "lengths": encoded.lengths.tolist(),
+            "lengths": encoded.lengths,
             "query_ids": [row["query_id"] for row in groups],
             "cut_pairs": cut if groups else 0,
             **({"stream": told[0]} if told else {}),
@@ -162,22 +161,22 @@ def _select_pairs(batch: Batch, pairs: np.ndarray) -> Batch:
     part = dict(batch)
     for name, value in batch.items():
         if name == "lengths":
-            part[name] = np.asarray(value)[pairs].tolist()
+            part[name] = value[pairs]
         elif isinstance(value, Tensor) and name not in (*_OF_GROUPS, "places"):
             part[name] = value[torch.as_tensor(pairs, device=value.device)]
     return part
 
 
 def micro_batches(
-    group_sizes: Sequence[int], lengths: Sequence[int], pairs: float, tokens: float = math.inf
+    group_sizes: Sequence[int], lengths: np.ndarray, pairs: float, tokens: float = math.inf
 ) -> list[list[int]]:
     """Groups that go through the model together: whole ones, alike in length, within both bounds.
 
     A group is never split, so one of more than ``pairs`` passages, or ``tokens`` tokens, is a micro-batch of its own.
     """
     starts = np.concatenate([[0], np.cumsum(group_sizes)])
-    longest = [max(lengths[start:end]) for start, end in pairwise(starts)]
-    of_group = np.add.reduceat(np.asarray(lengths), starts[:-1])
+    longest = np.maximum.reduceat(lengths, starts[:-1])
+    of_group = np.add.reduceat(lengths, starts[:-1])
     parts: list[list[int]] = []
     filled, long = math.inf, math.inf
     for group in np.argsort(longest, kind="stable")[::-1].tolist():

@@ -177,7 +177,7 @@ def pad_pairs(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, multiple: in
     return padded
 
 
-def length_buckets(lengths: Sequence[int], overhead: int) -> list[np.ndarray]:
+def length_buckets(lengths: np.ndarray, overhead: int) -> list[np.ndarray]:
     """The cheapest cut of pairs, sorted by length, into forward passes.
 
     A pass costs its padded tokens, and ``overhead`` tokens for being one pass more. The optimum

@@ -125,6 +125,7 @@ def _read_attention(
     return attend(q, k, v, packing, dropout=dropout, scaling=attention.scaling).flatten(1), read
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_to_states(
     query: Tensor, key: nn.Linear, value: nn.Linear, tokens: Tensor, packing: Packing, dropout: float, scaling: float
 ) -> Tensor:

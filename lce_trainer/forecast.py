@@ -91,7 +91,7 @@ def forecast(trainer: Any) -> Forecast:
     args, collator = trainer.args, trainer.data_collator
     rows = _sample(trainer.train_dataset, args.group_size)
     batch = collator(rows)
-    lengths = np.asarray(batch["lengths"])
+    lengths = batch["lengths"]
     groups = np.add.reduceat(lengths, np.concatenate([[0], np.cumsum(batch["group_sizes"])[:-1]]))
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -281,7 +281,7 @@ def _rehearse(trainer: Any, model: Any, rows: list[dict[str, Any]]) -> tuple[flo
             kept.append(_saved_bytes(model, run))
             _wait_for_device()
             seconds = time.perf_counter() - started
-            tokens.append(sum(batch["lengths"]))
+            tokens.append(int(batch["lengths"].sum()))
     token = (kept[1] - kept[0]) / (tokens[1] - tokens[0]) if tokens[1] > tokens[0] else kept[1] / tokens[1]
     fixed = max(kept[1] - token * tokens[1], 0.0)
     if _checkpointed(model):

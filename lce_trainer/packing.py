@@ -109,7 +109,7 @@ def _classifies(model: PreTrainedModel) -> bool:
 def packed_scores(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
-    lengths: Sequence[int],
+    lengths: np.ndarray | Sequence[int],
     config: PreTrainedConfig,
     device: torch.device | None = None,
 ) -> Tensor:
@@ -127,12 +127,9 @@ def packed_scores(
         Shape ``(pairs,)``.
     """
     device = tensors["input_ids"].device if device is None else device
-    pairs = len(lengths)
-    if device.type == "cpu" and (filler := _filler(sum(lengths), tensors["input_ids"].shape[1])):
-        tensors = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in tensors.items()}
-        lengths = [*lengths, filler]
-    packed, order = pack_pairs(tensors, lengths, config, device)
-    back = torch.as_tensor(np.argsort(order)[:pairs]).to(device, non_blocking=True)
+    filler = _filler(int(np.sum(lengths)), tensors["input_ids"].shape[1])
+    packed, order = pack_pairs(tensors, np.append(lengths, filler) if filler else lengths, config, device)
+    back = torch.as_tensor(np.argsort(order)[: len(lengths)]).to(device, non_blocking=True)
     logits: Tensor = model(**packed).logits[:, 0]
     return logits[back]
 
@@ -152,7 +149,7 @@ def batch_scores(
         Shape ``(pairs,)``.
     """
     if packs(unwrapped):
-        lengths = tensors["attention_mask"].sum(dim=1).tolist()
+        lengths = tensors["attention_mask"].numpy().sum(axis=1)
         return packed_scores(model, tensors, lengths, unwrapped.config, device)
     return pair_logits(model, send_to_device(tensors, device), unwrapped)
 
@@ -160,7 +157,7 @@ def batch_scores(
 def padded_scores(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
-    lengths: Sequence[int],
+    lengths: np.ndarray | Sequence[int],
     unwrapped: PreTrainedModel,
     overhead: int,
     multiple: int,
@@ -179,10 +176,11 @@ def padded_scores(
         Shape ``(pairs,)``; and the tokens of the passes, padding included.
     """
     width, device = tensors["input_ids"].shape[1], tensors["input_ids"].device
-    buckets = length_buckets(lengths, overhead)
+    sizes = np.asarray(lengths)
+    buckets = length_buckets(sizes, overhead)
     logits, padded = [], 0
     for rows in buckets:
-        long = min(-(-max(lengths[i] for i in rows) // multiple) * multiple, width)
+        long = min(-(-int(sizes[rows].max()) // multiple) * multiple, width)
         chosen = torch.as_tensor(rows, device=device)
         logits.append(pair_logits(model, {name: tensor[chosen, :long] for name, tensor in tensors.items()}, unwrapped))
         padded += len(rows) * long
@@ -191,14 +189,17 @@ def padded_scores(
 
 
 def pack_pairs(
-    tensors: Mapping[str, Tensor], lengths: Sequence[int], config: PreTrainedConfig, device: torch.device
+    tensors: Mapping[str, Tensor],
+    lengths: np.ndarray | Sequence[int],
+    config: PreTrainedConfig,
+    device: torch.device,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """A padded batch as one packed row.
 
     Args:
         tensors: ``input_ids`` and whatever else the model takes of that shape, ``(pairs, width)``,
             padded on the right.
-        lengths: Tokens of each pair.
+        lengths: Tokens of each pair; one more than there are pairs takes the first pair's tokens once more.
         config: Of the model.
         device: Where the row is to be.
 
@@ -208,15 +209,18 @@ def pack_pairs(
     """
     sizes = np.asarray(lengths)
     order = np.argsort(sizes, kind="stable")
-    held, width = tensors["input_ids"].device, tensors["input_ids"].shape[1]
     packing = make_packing(sizes[order], device, reads_last=config.model_type in DECODERS)
     position = places_in_pairs(sizes[order])
-    flat = torch.as_tensor(position + np.repeat(order * width, sizes[order])).to(held, non_blocking=True)
-    inputs: dict[str, Any] = {
-        name: tensor.reshape(-1)[flat][None].to(device, non_blocking=True)
-        for name, tensor in tensors.items()
-        if name != "attention_mask"
-    }
+    held, width = tensors["input_ids"].device, tensors["input_ids"].shape[1]
+    rows = np.arange(len(sizes)) % len(tensors["input_ids"])
+    places = position + np.repeat(rows[order] * width, sizes[order])
+    there = None if held.type == "cpu" else torch.as_tensor(places).to(held, non_blocking=True)
+    inputs: dict[str, Any] = {}
+    for name in tensors.keys() - {"attention_mask"}:
+        flat = tensors[name].reshape(-1)
+        # For so few numbers torch would wake all cores, which takes longer.
+        row = torch.from_numpy(flat.numpy()[places]) if there is None else flat[there]
+        inputs[name] = row[None].to(device, non_blocking=True)
     first = config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
     inputs["position_ids"] = torch.as_tensor(position + first)[None].to(device, non_blocking=True)
     # A mask of four dimensions is taken for a finished one, so none of tokens x tokens is made.
@@ -227,13 +231,14 @@ def pack_pairs(
 
 
 def _filler(tokens: int, longest: int) -> int:
-    """Tokens of one more pair, whose logit nobody reads, that make row lengths repeat on a CPU; 0 if none is needed.
+    """Tokens of one more pair, whose logit nobody reads, that make row lengths repeat; 0 if none is needed.
 
-    oneDNN's and PyTorch's caches keep what they compiled for each of the last 1024 shapes, and glibc's heap is
-    torn by buffers of ever new sizes, so memory grows with every new row length: 1.8 GB instead of 1.2 GB after
-    150 steps. Rows of 1024 tokens and more get 32 lengths an octave, 1.6 % of tokens on average.
+    On a CPU oneDNN's and PyTorch's caches keep what they compiled for each of the last 1024 shapes, and glibc's heap
+    is torn by buffers of ever new sizes, so memory grows with every new row length: 1.8 GB instead of 1.2 GB after
+    150 steps. On a GPU the product of a new shape waits until a kernel is chosen for it. Rows of 1024 tokens and more
+    get 32 lengths an octave, 1.6 % of tokens on average.
     """
-    return 0 if tokens < 1024 else -tokens % min(1 << (tokens.bit_length() - 6), longest)
+    return 0 if tokens < 1024 else -tokens % (1 << min(tokens.bit_length() - 6, longest.bit_length() - 1))
 
 
 @torch.no_grad()

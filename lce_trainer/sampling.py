@@ -98,6 +98,8 @@ def _easy_to_hard(
 
 
 def _permutation(n: int, *key: Any) -> np.ndarray:
+    if n < 2:
+        return np.arange(n)
     # Raw Philox output is the same in every numpy; Generator.permutation is not promised to be.
     digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=16).digest()
     return np.argsort(np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(n), kind="stable")

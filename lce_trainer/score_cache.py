@@ -96,14 +96,13 @@ def cut_step(
 def _chunks(part: Batch, pairs: int | None, rank: int, ranks: int, tokens: int | None) -> list[Batch]:
     if not part["group_sizes"]:
         return [part]
-    longest_first = np.argsort(-np.asarray(part["lengths"]), kind="stable")
+    longest_first = np.argsort(-part["lengths"], kind="stable")
     share = -(-len(longest_first) // ranks)
     count = 1 if pairs is None else -(-share // pairs)
     if tokens is not None:
         # As if all pairs were as long as the longest, so that every rank counts alike and no chunk is too large.
-        count = max(
-            count, -(-share // max(tokens // max(part["lengths"]), 1)) if sum(part["lengths"]) > tokens * ranks else 1
-        )
+        fits = max(tokens // int(part["lengths"].max()), 1)
+        count = max(count, -(-share // fits) if part["lengths"].sum() > tokens * ranks else 1)
     if count == ranks == 1:
         return [part]
     chunks = [select_pairs(part, rows) for rows in np.array_split(longest_first[rank::ranks], count)]

@@ -121,6 +121,9 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             enable_packing(self.model)
         else:
             disable_packing(self.model)  # that of an earlier trainer or Reranker
+        compiled = self.accelerator.state.dynamo_plugin
+        if compiled.dynamic is None:
+            compiled.dynamic = True  # no two steps are of one shape
         self._bucket_overhead = pass_overhead(self.accelerator, args.bucket_overhead)
         shard_by_layer(self.accelerator, self.model)
 
@@ -256,16 +259,15 @@ class LCETrainer(Trainer):  # type: ignore[misc]
     def _scores(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Logit of each pair, shape ``(pairs,)``, in one graph."""
         lengths = inputs["lengths"]
+        tokens = int(lengths.sum())
         tensors = {name: inputs[name] for name in self.processing_class.model_input_names if name in inputs}
         if packs(self.model):
-            scores, run = packed_scores(model, tensors, lengths, self.model.config), sum(lengths)
+            scores, run = packed_scores(model, tensors, lengths, self.model.config), tokens
         else:
             multiple = self.args.pad_to_multiple_of or 1
             scores, run = padded_scores(model, tensors, lengths, self.model, self._bucket_overhead, multiple)
         if inputs["group_sizes"]:
-            self.tally.add_counts(
-                pairs=len(lengths), tokens=sum(lengths), padded_tokens=run, cut_pairs=inputs["cut_pairs"]
-            )
+            self.tally.add_counts(pairs=len(lengths), tokens=tokens, padded_tokens=run, cut_pairs=inputs["cut_pairs"])
         return scores
 
     # ---- logs

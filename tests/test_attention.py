@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lce_trainer.attention import Packing, attend, attend_by_calls, flash_attention, kernel_problem, make_packing
+from lce_trainer.attention import Packing, attend, attend_by_calls, kernel_problem, make_packing
 
 
 def test_attention_by_calls_is_attention_pair_by_pair():
@@ -64,12 +64,6 @@ def test_a_kernel_is_checked_against_attention_by_calls():
     assert "failed (causal False, window None, all queries): no dropout here" in kernel_problem(
         takes_no_dropout, "cpu", torch.bfloat16
     )
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is CUDA's")
-def test_the_kernel_of_a_gpu_attends_as_calls_do():
-    assert kernel_problem(flash_attention, "cuda", torch.bfloat16) is None
-    assert kernel_problem(flash_attention, "cuda", torch.float16) is None
 
 
 @pytest.mark.parametrize("causal", [False, True])
