@@ -1,8 +1,8 @@
 """What a CPU does faster than PyTorch's own modules have it done.
 
 Dropout is drawn in bulk: PyTorch draws on one core, one number at a time, which on CPUs not made by Intel was a third
-of a training step. Linear layers of which no gradient is asked go by oneDNN, bias and GELU within the product: PyTorch
-has float32 products made by MKL, between two more passes over the result.
+of a training step. Linear layers go by oneDNN where PyTorch has float32 products made by MKL, which on such CPUs is
+slower; and where no gradient is asked in any precision, bias and GELU within the product.
 """
 
 from functools import cache
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -59,7 +60,7 @@ class FusedLinearGelu(Replacement):
     def __call__(self, states: Tensor) -> Tensor:
         """Of states of shape ``(..., inputs)``."""
         dense = self.module.dense
-        if is_plain(dense) and _goes_fused(states, dense.weight):
+        if not torch.is_grad_enabled() and is_plain(dense) and _goes_fused(states, dense.weight):
             return _fused(states, dense.weight, dense.bias, gelu=True)
         return functional.gelu(dense(states))
 
@@ -75,8 +76,34 @@ def is_plain(*layers: Any) -> bool:
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``torch.nn.functional.linear``, faster on a CPU where no gradient is asked for."""
-    return _fused(states, weight, bias) if _goes_fused(states, weight) else functional.linear(states, weight, bias)
+    """``torch.nn.functional.linear``, faster on a CPU."""
+    if not _goes_fused(states, weight):
+        return functional.linear(states, weight, bias)
+    if not torch.is_grad_enabled():
+        return _fused(states, weight, bias)
+    made: Tensor = _Linear.apply(states, weight, bias)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer of which a gradient is asked; that by the weights MKL makes as fast."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(states, weight)
+        return _fused(states, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight = ctx.saved_tensors
+        by_states, by_weight, by_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            _fused(gradient, weight.t(), None) if by_states else None,
+            rows.t() @ states.flatten(0, -2) if by_weight else None,
+            rows.sum(0) if by_bias else None,
+        )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -102,7 +129,7 @@ def _is_linear_then_gelu(module: Any) -> bool:
 
 def _goes_fused(states: Tensor, weight: Tensor) -> bool:
     return (
-        not torch.is_grad_enabled()
+        (states.dtype == torch.float32 or not torch.is_grad_enabled())
         and states.device.type == weight.device.type == "cpu"
         and states.dtype == weight.dtype
         and type(weight) in (Tensor, nn.Parameter)  # and no shard of one
@@ -127,12 +154,18 @@ def _fusing_works(dtype: torch.dtype) -> bool:
         return False
     draw = torch.Generator().manual_seed(0)
     states, weight, bias = (torch.randn(shape, generator=draw).to(dtype) for shape in ((3, 5, 64), (48, 64), (48,)))
-    for some, gelu in ((bias, False), (None, False), (bias, True)):
+    rows = torch.randn((3, 5, 48), generator=draw).to(dtype)
+    for given, matrix, some, gelu in (
+        (states, weight, bias, False),
+        (states, weight, None, False),
+        (states, weight, bias, True),
+        (rows, weight.t(), None, False),
+    ):
         try:
-            found = _fused(states, weight, some, gelu).double()
+            found = _fused(given, matrix, some, gelu).double()
         except (RuntimeError, AttributeError, TypeError):
             return False
-        wanted = functional.linear(states.double(), weight.double(), None if some is None else some.double())
+        wanted = functional.linear(given.double(), matrix.double(), None if some is None else some.double())
         wanted = functional.gelu(wanted) if gelu else wanted
         if not float((found - wanted).norm() / wanted.norm()) <= 4 * torch.finfo(dtype).eps:
             return False

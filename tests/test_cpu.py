@@ -88,15 +88,36 @@ def test_products_without_gradient_are_torchs_and_fused(dtype, fused):
         assert float((found - right).norm() / right.norm()) <= 4 * torch.finfo(dtype).eps
 
 
-def test_what_has_a_gradient_or_another_dtype_or_autocast_is_torchs_own(fused):
+@pytest.mark.parametrize("trained", ["all", "states", "weights", "no bias"])
+def test_gradients_of_float32_layers_are_those_of_float64(trained, fused):
+    fuses(torch.float32)
+    layer = nn.Linear(64, 48, bias=trained != "no bias").requires_grad_(trained != "states")
+    states = torch.randn(3, 5, 64, requires_grad=trained != "weights")
+    exact, wide = copy.deepcopy(layer).double(), states.detach().double().requires_grad_(states.requires_grad)
+    speed_up(nn.Sequential(layer))
+    for module, given in ((layer, states), (exact, wide)):
+        made = module(given)
+        (made * torch.linspace(-1, 2, made.numel(), dtype=made.dtype).view(made.shape)).sum().backward()
+    assert fused == [False] * (1 + states.requires_grad)  # the product itself, and its gradient by the states
+    for got, wanted in ((states, wide), *zip(layer.parameters(), exact.parameters(), strict=True)):
+        assert (got.grad is None) == (wanted.grad is None) == (not got.requires_grad)
+        if got.grad is not None:
+            assert float((got.grad - wanted.grad).norm() / wanted.grad.norm()) <= 4 * torch.finfo(torch.float32).eps
+
+
+def test_another_dtype_that_has_a_gradient_and_autocast_are_torchs_own(fused):
     layer = nn.Linear(8, 4)
     speed_up(nn.Sequential(layer))
     states = torch.randn(3, 8)
-    layer(states).sum().backward()
-    assert layer.weight.grad is not None
-    with torch.no_grad():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+    for dtype in (torch.bfloat16, torch.float64):
+        layer.to(dtype)(states.to(dtype)).sum().backward()
+        assert layer.weight.grad is not None
+        layer.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.float()(states).dtype == torch.bfloat16
+        with torch.no_grad():
             assert layer(states).dtype == torch.bfloat16
+    with torch.no_grad():
         layer.double()(states.double())
         assert not fused
         layer.float()(states)
