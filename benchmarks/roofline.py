@@ -39,7 +39,7 @@ from benchmarks.measure import (
 
 # Self time of an operation goes to the first class one of whose words is in its name.
 CLASSES = {
-    "linear layers": ("addmm", "aten::mm", "aten::linear", "mkldnn_linear"),
+    "linear layers": ("addmm", "aten::mm", "aten::linear", "mkldnn_linear", "linear_pointwise"),
     "attention": ("attention", "bmm", "softmax"),
     "norms and activations": ("layer_norm", "gelu", "tanh", "dropout", "aten::add", "aten::sum", "aten::mul"),
     "optimizer": ("adam", "norm", "foreach", "optimizer"),
@@ -142,7 +142,7 @@ def by_class(profiler: Any, whole: float) -> dict[str, float]:
     for event in profiler.key_averages():
         spent = (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6
         # On a GPU the kernels, which have names of their own, are accounted to the operations that start them.
-        if spent and event.key.startswith(("aten::", "Optimizer", "_")):
+        if spent and event.key.startswith(("aten::", "mkldnn::", "Optimizer", "_")):
             kind = next((kind for kind, words in CLASSES.items() if any(word in event.key for word in words)), "other")
             found[kind] += spent
     return {**found, "not in operations": max(whole - sum(found.values()), 0.0), "whole step": whole}

@@ -23,6 +23,12 @@ from lce_trainer.reranker import Reranker
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to be seen: make test-gpu")
 
 
+@pytest.fixture(autouse=True)
+def exact_float32():
+    """accelerate turns TF32 on for a model that is compiled, and leaves it on."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_kernel_attends_as_calls_do(dtype):
     assert kernel_problem(flash_attention, "cuda", dtype) is None

@@ -1,13 +1,9 @@
 """The local model: tiny random Llama and Gemma models in float64, against computations written out naively."""
 
-import json
-import os
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -329,78 +325,6 @@ def test_wrong_settings_are_named(folders, tmp_path):
         TransformersLLM(LLMConfig(model="package:no_such_package")).complete(["a"], **sampling(1))
     with pytest.raises(LLMError, match="no GGUF file at"):
         TransformersLLM(LLMConfig(model=str(tmp_path / "no.gguf"))).complete(["a"], **sampling(1))
-
-
-def write_gguf(path: Path, tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM) -> None:
-    """A Llama with its byte-level BPE as llama.cpp keeps them."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    tokens += [f"<unused{number}>" for number in range(config.vocab_size - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if len(token) > 2 and token[0] + token[-1] == "<>" else 1 for token in tokens])
-    writer.add_token_merges(
-        [" ".join(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
-    )
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-    writer.add_add_bos_token(True)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        module, _, suffix = name.rpartition(".")
-        values = tensor.numpy()
-        if (kind := module.rpartition(".")[2]) in heads:  # rotary halves are interleaved there
-            halves = values.reshape(heads[kind], 2, -1, values.shape[1])
-            values = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
-        writer.add_tensor(f"{names.get_name(module)}.{suffix}", values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_a_gguf_file_is_unpacked_once_and_never_half(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
-    file = tmp_path / "tiny.gguf"
-    write_gguf(file, build_tokenizer(), build_model("llama"))
-    llm = TransformersLLM(LLMConfig(model=str(file), dtype="float32"))
-    plain = TransformersLLM(LLMConfig(model=str(folders["llama"]), dtype="float32"))
-
-    with monkeypatch.context() as patched:
-        patched.setattr("transformers.PreTrainedModel.save_pretrained", partial(fail, OSError("disk full")))
-        with pytest.raises(LLMError, match="disk full"):
-            llm.score(prompts(), QUERIES[:3])
-    assert list((tmp_path / "home" / "lce_trainer").iterdir()) == []
-
-    pairs = [prompts(), QUERIES[:3]]
-    before = os.umask(0o027)
-    try:
-        llm.score(*pairs)
-    finally:
-        os.umask(before)
-    assert re.fullmatch("tiny.gguf@[0-9a-f]{8}", llm.name)
-    assert llm.score(*pairs) == pytest.approx(plain.score(*pairs), abs=1e-5)
-    (folder,) = (tmp_path / "home" / "lce_trainer").iterdir()
-    assert {oct(path.stat().st_mode & 0o777) for path in [folder, *folder.iterdir()]} == {"0o750", "0o640"}
-    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.save_pretrained", partial(fail, AssertionError()))
-    again = TransformersLLM(LLMConfig(model=str(file), dtype="float32"))
-    assert again.score(*pairs) == llm.score(*pairs)
-
-
-def fail(error: Exception, *args, **kwargs):
-    raise error
 
 
 def test_an_endpoint_takes_the_place_of_a_local_model():
