@@ -1,5 +1,6 @@
 """What is measured on: MedQuAD's questions with what BM25 brings for each, and checkpoints every peer loads alike."""
 
+import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,20 @@ RANDOM: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "random:modernbert-base": (ModernBertConfig, {"vocab_size": 30522, **_SPECIAL}),
     "random:tiny": (BertConfig, {**_TINY, "initializer_range": 0.2}),  # so that its scores differ
 }
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is trained, or scores: a model, and groups of MedQuAD."""
+    parser.add_argument("--model", default=PACKAGED, help=f"or {', '.join(RANDOM)}")
+    parser.add_argument("--data", type=Path, default=MEDQUAD, help="folder with MedQuAD's files, or groups as parquet")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens of a pair")
+
+
+def add_step_options(parser: argparse.ArgumentParser) -> None:
+    """The same, and what a training step is."""
+    add_options(parser)
+    parser.add_argument("--batch", type=int, default=4, help="groups a step")
+    parser.add_argument("--group-size", type=int, default=8)
 
 
 def medquad_groups(folder: Path = MEDQUAD, *, queries: int = 400, size: int = 8) -> datasets.Dataset:

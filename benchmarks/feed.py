@@ -17,7 +17,7 @@ import datasets
 from transformers import AutoTokenizer
 
 from benchmarks import peers
-from benchmarks.data import MEDQUAD, PACKAGED, medquad_groups, prepare_checkpoint
+from benchmarks.data import add_step_options, medquad_groups, prepare_checkpoint
 from benchmarks.measure import PRECISIONS, arguments, device, save, seconds_of, spread
 from benchmarks.turns import take_turns
 from lce_trainer import Reranker
@@ -84,13 +84,7 @@ def taken(
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = arguments((__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--model", default=PACKAGED, help="or random:minilm-l6, random:bert-base, random:modernbert-base"
-    )
-    parser.add_argument("--data", type=Path, default=MEDQUAD, help="folder with MedQuAD's files, or groups as parquet")
-    parser.add_argument("--batch", type=int, default=4, help="groups a step")
-    parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=256)
+    add_step_options(parser)
     parser.add_argument("--groups", type=int, help="that are made ready; 256, or 32 in the short form")
     parser.add_argument("--rounds", type=int, help="over all groups; 9, or 3 in the short form")
     parser.add_argument("--steps", type=int, help="that the model takes; 9, or 2 in the short form")

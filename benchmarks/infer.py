@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from benchmarks.data import MEDQUAD, PACKAGED, medquad_groups, prepare_checkpoint
+from benchmarks.data import add_options, medquad_groups, prepare_checkpoint
 from benchmarks.measure import PRECISIONS, arguments, device, median_ratio, save, seconds_of, spread
 from lce_trainer import Reranker
 from lce_trainer.scoring import scoring_batches
@@ -183,13 +183,9 @@ def race(found: dict[str, System], rounds: Sequence[Pairs], precision: str) -> d
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = arguments((__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--model", default=PACKAGED, help="or random:minilm-l6, random:bert-base, random:modernbert-base"
-    )
-    parser.add_argument("--data", type=Path, default=MEDQUAD, help="folder with MedQuAD's files, or groups as parquet")
+    add_options(parser)
     parser.add_argument("--queries", type=int, nargs="+", help="in a call; 1 and 4, or 1 in the short form")
     parser.add_argument("--candidates", type=int, default=32, help="of a query")
-    parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--rounds", type=int, help="calls of each kind: 9, or 3 in the short form")
     parser.add_argument("--precision", nargs="+", choices=ROUNDING, default=list(ROUNDING))
     parser.add_argument("--name", default="infer", help="of the results")

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from benchmarks import peers
-from benchmarks.data import MEDQUAD, PACKAGED, medquad_groups, prepare_checkpoint, step_lengths
+from benchmarks.data import add_step_options, medquad_groups, prepare_checkpoint, step_lengths
 from benchmarks.measure import (
     PRECISIONS,
     arguments,
@@ -166,14 +166,11 @@ def rate_at_own_shapes(model: nn.Module, tokens: int, precision: str) -> float:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = arguments((__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default=PACKAGED)
-    parser.add_argument("--data", type=Path, default=MEDQUAD, help="folder with MedQuAD's files")
-    parser.add_argument("--batch", type=int, default=4, help="groups a step")
-    parser.add_argument("--max-length", type=int, default=256)
+    add_step_options(parser)
     parser.add_argument("--steps", type=int, help="profiled steps; 6, or 3 in the short form")
     args = parser.parse_args(argv)
     steps = args.steps or (3 if args.short else 6)
-    groups = medquad_groups(args.data, queries=args.batch * (steps + 1))
+    groups = medquad_groups(args.data, queries=args.batch * (steps + 1), size=args.group_size)
     results: dict[str, Any] = {}
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as work:
@@ -198,8 +195,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"\n{precision}, GFLOP/s: {', '.join(said)}")
             for kind, part in results[precision]["parts_of_the_step"].items():
                 print(f"  {kind:28s} {part:6.1%}")
-    settings = {"model": args.model, "batch": args.batch, "max_length": args.max_length, "steps": steps}
-    save(args.out, "roofline", settings, results, ratios)
+    chosen = {name: getattr(args, name) for name in ("model", "batch", "group_size", "max_length")}
+    save(args.out, "roofline", {**chosen, "steps": steps}, results, ratios)
 
 
 if __name__ == "__main__":

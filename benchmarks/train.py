@@ -33,7 +33,7 @@ import datasets
 from transformers import AutoModelForSequenceClassification, Trainer
 
 from benchmarks import peers
-from benchmarks.data import MEDQUAD, PACKAGED, medquad_groups, prepare_checkpoint, step_lengths
+from benchmarks.data import add_step_options, medquad_groups, prepare_checkpoint, step_lengths
 from benchmarks.measure import PRECISIONS, arguments, device, matmul_rate, median_ratio, save, spread
 from benchmarks.roofline import model_flops
 from benchmarks.turns import Timed, take_turns
@@ -100,13 +100,7 @@ def race(
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = arguments((__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--model", default=PACKAGED, help="or random:minilm-l6, random:bert-base, random:modernbert-base"
-    )
-    parser.add_argument("--data", type=Path, default=MEDQUAD, help="folder with MedQuAD's files, or groups as parquet")
-    parser.add_argument("--batch", type=int, default=4, help="groups a step")
-    parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=256)
+    add_step_options(parser)
     parser.add_argument("--steps", type=int, help="measured steps; 12, or 3 in the short form")
     parser.add_argument("--warmup", type=int, help="steps before; 1, or on a GPU those that are measured")
     parser.add_argument("--precision", nargs="+", choices=ROUNDING, default=list(ROUNDING))

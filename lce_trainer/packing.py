@@ -216,11 +216,12 @@ def pack_pairs(
     places = position + np.repeat(rows[order] * width, sizes[order])
     there = None if held.type == "cpu" else torch.as_tensor(places).to(held, non_blocking=True)
     inputs: dict[str, Any] = {}
-    for name in tensors.keys() - {"attention_mask"}:
-        flat = tensors[name].reshape(-1)
-        # For so few numbers torch would wake all cores, which takes longer.
-        row = torch.from_numpy(flat.numpy()[places]) if there is None else flat[there]
-        inputs[name] = row[None].to(device, non_blocking=True)
+    for name, tensor in tensors.items():
+        if name != "attention_mask":
+            flat = tensor.reshape(-1)
+            # For so few numbers torch would wake all cores, which takes longer.
+            row = torch.from_numpy(flat.numpy()[places]) if there is None else flat[there]
+            inputs[name] = row[None].to(device, non_blocking=True)
     first = config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
     inputs["position_ids"] = torch.as_tensor(position + first)[None].to(device, non_blocking=True)
     # A mask of four dimensions is taken for a finished one, so none of tokens x tokens is made.

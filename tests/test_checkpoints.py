@@ -197,6 +197,7 @@ def test_bf16_and_compiled_runs_resume_bit_equal(kind, tmp_path):
         made = make_trainer(tmp_path, make_groups(8), **run | more)
         if kind == "weights":
             made.model.to(torch.bfloat16)
+        assert made.accelerator.state.dynamo_plugin.dynamic  # compiled for all shapes, not for those of each step
         return made
 
     trainer().train()
