@@ -65,7 +65,7 @@ def batches(tokenizer, args, workers: int = 0) -> list[dict]:
 
 def same(one: list[dict], other: list[dict]) -> bool:
     def equal(a, b) -> bool:
-        return torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) if isinstance(a, torch.Tensor) else a == b
+        return bool(np.array_equal(a, b, equal_nan=True)) if isinstance(a, (torch.Tensor, np.ndarray)) else a == b
 
     return len(one) == len(other) and all(
         a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a) for a, b in zip(one, other, strict=True)
