@@ -1,6 +1,6 @@
 """All benchmarks, one after the other, each in its own process; then their ratios, one a line, and a picture.
 
-The short form by default, a quarter of an hour on two cores; ``--full`` is hours.
+The short form by default, 14 minutes on two cores; ``--full`` is hours.
 """
 
 import argparse
