@@ -95,7 +95,7 @@ def compare(
     for system, run in systems.items():
         missing = sum(not run.get(query_id) for query_id, grades in qrels.items() if grades)
         if missing:
-            logger.warning("%s: %d judged queries have no ranking and count as 0", system, missing)
+            logger.warning("%s: no ranking of %d of the judged queries, which count as 0", system, missing)
         for measure, by_query in ranking_metrics(run, qrels, relevant_from).items():
             columns.append((system, measure))
             values.append([by_query[query_id] for query_id in sorted(by_query)])

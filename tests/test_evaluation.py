@@ -88,7 +88,7 @@ def test_a_query_without_a_ranking_counts_as_zero_and_is_warned_about(caplog):
     with caplog.at_level(logging.WARNING):
         results = compare({"BM25": run}, qrels, baseline="BM25", resamples=10)
     assert row(results, "BM25", "mrr@10")["mean"] == 0.75
-    assert "BM25: 1 judged queries have no ranking" in caplog.text
+    assert "BM25: no ranking of 1 of the judged queries, which count as 0" in caplog.text
 
 
 def test_an_unknown_baseline_names_the_systems():
