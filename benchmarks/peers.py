@@ -13,7 +13,6 @@ Where an objective has another name it is set so that the loss is LCE's:
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -53,11 +52,6 @@ def settings(out: Path, *, steps: int, groups: int, bf16: bool = False, **chosen
         "use_cpu": not torch.accelerator.is_available(),
         **chosen,
     }
-
-
-def can_choose_packing() -> bool:
-    """Whether this version of the trainer can be told to pad."""
-    return "packing" in {item.name for item in fields(LCETrainingArguments)}
 
 
 def ours(checkpoint: Path, groups: datasets.Dataset, max_length: int, shared: dict[str, Any], **chosen: Any) -> Trainer:

@@ -52,8 +52,7 @@ def systems() -> dict[str, Build]:
     found: dict[str, Build] = {OURS: peers.ours}
     if device().type != "cpu":
         found["lce_trainer, compiled"] = peers.ours_compiled
-    if peers.can_choose_packing():
-        found["lce_trainer, padded"] = partial(peers.ours, packing="none")
+    found["lce_trainer, padded"] = partial(peers.ours, packing="none")
     if find_spec("sentence_transformers"):
         found["sentence-transformers"] = peers.sentence_transformers
         found["sentence-transformers, whole batch at once"] = partial(peers.sentence_transformers, mini_batch=-1)
@@ -112,12 +111,13 @@ def main(argv: list[str] | None = None) -> None:
     left_out = NOT_IN_SHORT if args.short else set()
     wanted = {OURS, *args.only} if args.only else systems().keys() - left_out
     builds = {name: build for name, build in systems().items() if name in wanted}
-    again = args.warmup is None and device().type != "cpu"
-    warmup = steps if again else 1 if args.warmup is None else args.warmup
-    first = 0 if again else warmup  # that is measured
-    groups = medquad_groups(args.data, queries=args.batch * (first + steps), size=args.group_size)
-    if len(groups) < args.batch * (first + steps):
-        raise SystemExit(f"{args.data} has {len(groups)} groups: too few for {first + steps} steps of {args.batch}")
+    first, warmup = (args.warmup, args.warmup) if args.warmup is not None else (1, 1)  # first: that is measured
+    if args.warmup is None and device().type != "cpu":
+        first, warmup = 0, steps  # an epoch before
+    wanted_groups = args.batch * (first + steps)
+    groups = medquad_groups(args.data, queries=wanted_groups, size=args.group_size)
+    if len(groups) < wanted_groups:
+        raise SystemExit(f"{args.data} gives {len(groups)} groups, but {wanted_groups} are needed: lower --steps")
     results: dict[str, Any] = {}
     ratios: dict[str, float] = {}
     for dropout, precision in product(args.dropout, args.precision):

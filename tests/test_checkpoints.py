@@ -202,7 +202,7 @@ def test_bf16_and_compiled_runs_resume_bit_equal(kind, tmp_path):
 
     trainer().train()
     wanted = state_of(tmp_path / "checkpoint-4")
-    moments = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt")["state"][0]["exp_avg"]
+    moments = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"][0]["exp_avg"]
     assert moments.dtype == (torch.bfloat16 if kind == "weights" else torch.float32)
     shutil.rmtree(tmp_path / "checkpoint-4")
     resumed = trainer(torch_compile=False) if kind == "compiled" else trainer()

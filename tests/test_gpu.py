@@ -13,6 +13,7 @@ from test_packing import LENGTHS, make_batch, make_model
 from test_packing import scores_of as packed_scores
 from test_score_cache import gradients, one_graph
 from test_trainer import assert_same, easy_groups, lively_model, make_groups, make_trainer
+from transformers.utils.import_utils import enable_tf32
 
 from lce_trainer.attention import flash_attention, kernel_problem
 from lce_trainer.config import LLMConfig
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to
 
 @pytest.fixture(autouse=True)
 def exact_float32():
-    """accelerate turns TF32 on for a model that is compiled, and leaves it on."""
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """transformers turns TF32 on for a model that is compiled, and leaves it on."""
+    enable_tf32(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -65,7 +65,9 @@ def batches(tokenizer, args, workers: int = 0) -> list[dict]:
 
 def same(one: list[dict], other: list[dict]) -> bool:
     def equal(a, b) -> bool:
-        return bool(np.array_equal(a, b, equal_nan=True)) if isinstance(a, (torch.Tensor, np.ndarray)) else a == b
+        if isinstance(a, np.ndarray):
+            return a.dtype == b.dtype and np.array_equal(a, b)
+        return torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) if isinstance(a, torch.Tensor) else a == b
 
     return len(one) == len(other) and all(
         a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a) for a, b in zip(one, other, strict=True)
@@ -75,8 +77,7 @@ def same(one: list[dict], other: list[dict]) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kept_ids_make_the_batches_that_texts_make(family, tmp_path):
     tokenizer = tiny_tokenizer(family)
-    if tokenizer.chat_template:
-        pytest.skip("pairs of this family go through a template")
+    assert not tokenizer.chat_template
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     plain = batches(tokenizer, settings(tmp_path, pretokenize=False))
