@@ -15,9 +15,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from lce_trainer.encoding import encode_groups
-from lce_trainer.loading import load_model
-from lce_trainer.packaged import resolve_model
+from lce_trainer.model.loading import load_model
+from lce_trainer.model.pairs import encode_groups
+from lce_trainer.names import resolve_model
 
 MEDQUAD = Path(__file__).parents[2] / "shared" / "data" / "medquad"
 # sentence-transformers squashes the score of a one-label model unless its config says otherwise.
@@ -68,7 +68,7 @@ def medquad_groups(folder: Path = MEDQUAD, *, queries: int = 400, size: int = 8)
     if not (folder / "corpus.parquet").is_file():
         raise SystemExit(f"no corpus.parquet in {folder}: name the folder with MedQuAD's files by --data")
     # Here and not above: with groups made elsewhere, a machine needs none of what searches.
-    from lce_trainer.retrieval import BM25Index
+    from lce_trainer.synthesis.retrieval.bm25 import BM25Index
 
     corpus = datasets.Dataset.from_parquet(str(folder / "corpus.parquet"))
     asked = datasets.Dataset.from_parquet(str(folder / "queries-dev.parquet")).shuffle(seed=13)

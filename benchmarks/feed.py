@@ -21,7 +21,7 @@ from benchmarks.data import add_step_options, medquad_groups, prepare_checkpoint
 from benchmarks.measure import PRECISIONS, arguments, device, save, seconds_of, spread
 from benchmarks.turns import take_turns
 from lce_trainer import Reranker
-from lce_trainer.scoring import scoring_batches, tokens_at_once
+from lce_trainer.model.scoring import scoring_batches, tokens_at_once
 
 TEXTS, KEPT, SCORING = "training, from texts", "training, from kept ids", "scoring, from texts"
 

@@ -92,7 +92,7 @@ def write_queries(data: Path, folder: Path) -> None:
 def write_groups(data: Path, folder: Path, size: int) -> None:
     """The groups artifact, of eight passages a group, as the labeling stage writes it."""
     from lce_trainer.artifacts import write_manifest
-    from lce_trainer.groups import GROUPS_FEATURES
+    from lce_trainer.groups.schema import GROUPS_FEATURES
 
     out = folder / "run" / "groups"
     out.mkdir(parents=True)
@@ -155,16 +155,16 @@ def _stream(rows: Callable[[], Iterator[dict[str, Any]]], path: Path, features: 
 
 def run_passages(folder: Path, size: int) -> None:
     """Documents into passages, with the index."""
-    from lce_trainer.run import open_run
-    from lce_trainer.stages import read_corpus
+    from lce_trainer.pipeline.run import open_run
+    from lce_trainer.pipeline.stages import read_corpus
 
     read_corpus(open_run(folder / "recipe.yaml"))
 
 
 def run_mine(folder: Path, size: int) -> None:
     """Candidates of all queries."""
-    from lce_trainer.run import open_run
-    from lce_trainer.stages import mine
+    from lce_trainer.pipeline.run import open_run
+    from lce_trainer.pipeline.stages import mine
 
     mine(open_run(folder / "recipe.yaml"))
 
@@ -175,9 +175,9 @@ class _FirstStepError(Exception):
 
 def run_start(folder: Path, size: int) -> None:
     """Groups into a trainer, and its first step."""
-    from lce_trainer.fit import fit_reranker
-    from lce_trainer.run import open_run
-    from lce_trainer.trainer import LCETrainer
+    from lce_trainer.pipeline.run import open_run
+    from lce_trainer.pipeline.train import fit_reranker
+    from lce_trainer.training.trainer import LCETrainer
 
     step = LCETrainer.training_step
 
@@ -218,7 +218,7 @@ WORK = {"passages": run_passages, "mine": run_mine, "start": run_start, "start a
 def measure(kind: str, folder: Path, size: int) -> dict[str, float]:
     """Run one of them here, and say what it took."""
     quiet()
-    import lce_trainer.stages  # noqa: F401 - what everything imports is loaded before the clock starts
+    import lce_trainer.pipeline.stages  # noqa: F401 - what everything imports is loaded before the clock starts
 
     before = memory().get("own", 0)
     own, stop = [before], threading.Event()

@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.data import add_options, medquad_groups, prepare_checkpoint
 from benchmarks.measure import PRECISIONS, arguments, device, median_ratio, save, seconds_of, spread
 from lce_trainer import Reranker
-from lce_trainer.scoring import scoring_batches
+from lce_trainer.model.scoring import scoring_batches
 
 OURS = "lce_trainer"
 ROUNDING = {"fp32": 1e-4, "bf16": 0.05}  # of the largest score, or of 1 if that is less

@@ -19,10 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.data import MEDQUAD
 from benchmarks.measure import arguments, matmul_rate, median_ratio, save, seconds_of, spread
-from lce_trainer.config import LabelConfig, LLMConfig
-from lce_trainer.llm_local import TransformersLLM
-from lce_trainer.prompts import load_prompt
-from lce_trainer.queries import cut_words
+from lce_trainer.synthesis.labeling import LabelConfig
+from lce_trainer.synthesis.llm.local import TransformersLLM
+from lce_trainer.synthesis.llm.protocol import LLMConfig
+from lce_trainer.synthesis.prompts import load_prompt
+from lce_trainer.synthesis.queries import cut_words
 
 OURS, NAIVE, CAREFUL = "lce_trainer", "naive loop", "careful loop"
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}  # nats a token

@@ -16,13 +16,10 @@ import numpy as np
 import torch
 import transformers
 
+from lce_trainer.hardware import best_device as device
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LIBRARIES = ("lce-trainer", "torch", "transformers", "datasets", "sentence-transformers", "FlagEmbedding", "bm25s")
-
-
-def device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def synchronize() -> None:

@@ -25,7 +25,8 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 from lce_trainer import LCETrainer, LCETrainingArguments
-from lce_trainer.loading import load_model
+from lce_trainer.hardware import best_device
+from lce_trainer.model.loading import load_model
 
 ONE_HOT = 100.0  # exp(-100) is below float32's rounding beside 1
 BUCKETS = (0, 64, 128, 192, 1 << 30)  # tokens; bounds of the plain length-bucketed loop
@@ -49,7 +50,7 @@ def settings(out: Path, *, steps: int, groups: int, bf16: bool = False, **chosen
         "disable_tqdm": True,
         "seed": 13,
         "bf16": bf16,
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": best_device().type == "cpu",
         **chosen,
     }
 

@@ -4,15 +4,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lce_trainer.collator import GroupCollator
-    from lce_trainer.conversion import to_groups
     from lce_trainer.errors import LCETrainerError
-    from lce_trainer.groups import GROUPS_FEATURES, check_groups, load_groups, validate_groups
-    from lce_trainer.loss import distillation_loss, lce_loss
-    from lce_trainer.metrics import RankingMetrics, ranking_metrics
-    from lce_trainer.reranker import RankedPassage, Reranker
-    from lce_trainer.trainer import LCETrainer
-    from lce_trainer.training_args import LCETrainingArguments
+    from lce_trainer.evaluation.metrics import RankingMetrics, ranking_metrics
+    from lce_trainer.groups.convert import load_groups, to_groups
+    from lce_trainer.groups.schema import GROUPS_FEATURES, check_groups, validate_groups
+    from lce_trainer.model.reranker import RankedPassage, Reranker
+    from lce_trainer.training.arguments import LCETrainingArguments
+    from lce_trainer.training.collator import GroupCollator
+    from lce_trainer.training.loss import distillation_loss, lce_loss
+    from lce_trainer.training.trainer import LCETrainer
 
 __all__ = [
     "GROUPS_FEATURES",
@@ -33,21 +33,21 @@ __all__ = [
 ]
 
 _HOME = {
-    "GROUPS_FEATURES": "groups",
-    "GroupCollator": "collator",
-    "LCETrainer": "trainer",
+    "GROUPS_FEATURES": "groups.schema",
+    "GroupCollator": "training.collator",
+    "LCETrainer": "training.trainer",
     "LCETrainerError": "errors",
-    "LCETrainingArguments": "training_args",
-    "RankedPassage": "reranker",
-    "RankingMetrics": "metrics",
-    "Reranker": "reranker",
-    "check_groups": "groups",
-    "distillation_loss": "loss",
-    "lce_loss": "loss",
-    "load_groups": "groups",
-    "ranking_metrics": "metrics",
-    "to_groups": "conversion",
-    "validate_groups": "groups",
+    "LCETrainingArguments": "training.arguments",
+    "RankedPassage": "model.reranker",
+    "RankingMetrics": "evaluation.metrics",
+    "Reranker": "model.reranker",
+    "check_groups": "groups.schema",
+    "distillation_loss": "training.loss",
+    "lce_loss": "training.loss",
+    "load_groups": "groups.convert",
+    "ranking_metrics": "evaluation.metrics",
+    "to_groups": "groups.convert",
+    "validate_groups": "groups.schema",
 }
 
 

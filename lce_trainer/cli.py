@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lce_trainer.errors import LCETrainerError
 
 if TYPE_CHECKING:
-    from lce_trainer.run import Run
+    from lce_trainer.pipeline.run import Run
 
 logger = logging.getLogger("lce_trainer.cli")  # as a script its __name__ is another
 
@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import transformers
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from lce_trainer.run import open_run
+    from lce_trainer.pipeline.run import open_run
 
     transformers.logging.set_verbosity_error()  # a new head is "MISSING" to it, a long prompt an "indexing error"
     transformers.logging.disable_progress_bar()
@@ -108,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
-    from lce_trainer import stages
+    from lce_trainer.pipeline import stages
 
     if arguments.command == "publish":
         print(stages.publish(run, dry_run=arguments.dry_run))

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lce_trainer.cli import main
-from lce_trainer.journal import Journal
+from lce_trainer.synthesis.journal import Journal
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["lce_trainer.stages"])
+_FORKS.set_forkserver_preload(["lce_trainer.pipeline.stages"])
 
 
 class Moment(NamedTuple):

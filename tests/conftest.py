@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from lce_trainer.ragged import Encoded
+from lce_trainer.model.ragged import Encoded
 
 if TYPE_CHECKING:
     from tiny_recipe import Finished

@@ -12,7 +12,7 @@ import torch
 from transformers import modeling_utils
 
 _FORKS = multiprocessing.get_context("forkserver")  # processes that have imported torch already
-_FORKS.set_forkserver_preload(["lce_trainer.stages"])
+_FORKS.set_forkserver_preload(["lce_trainer.pipeline.stages"])
 _EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 

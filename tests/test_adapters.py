@@ -12,10 +12,10 @@ from test_yes_no import ASKING
 from tiny_models import FAMILIES, lively, tiny_config, tiny_language_model, tiny_model, tiny_tokenizer, without_dropout
 from transformers import AutoModelForSequenceClassification, BertModel, BitsAndBytesConfig
 
-from lce_trainer.adapters import head_modules, merge_adapters
 from lce_trainer.errors import TrainingError
-from lce_trainer.reranker import Reranker
-from lce_trainer.yes_no import answers_of
+from lce_trainer.model.adapters import head_modules, merge_adapters
+from lce_trainer.model.reranker import Reranker
+from lce_trainer.model.yes_no import answers_of
 
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1)
 FAST = {"learning_rate": 0.05, "max_grad_norm": 1.0}

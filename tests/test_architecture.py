@@ -10,95 +10,102 @@ import pytest
 import lce_trainer
 
 PACKAGE = Path(lce_trainer.__file__).parent
-BASE = {"errors", "config", "artifacts", "packaged", "precision"}
-BORDER = {"groups", "conversion", "layouts", "trec", "pairs", "tables"}
-MAKING = {
-    "corpus",
-    "prompts",
-    "journal",
-    "llm",
-    "llm_local",
-    "llm_endpoint",
-    "llm_loading",
-    "llm_tree",
-    "llm_decode",
-    "queries",
-    "retrieval",
-    "warmup",
+# What each folder may import besides the base files, which import no folder. The pipeline stands above all of them.
+ALLOWED = {
+    "pipeline": {"synthesis", "training", "evaluation", "hub", "model", "groups"},
+    "training": {"model", "evaluation", "groups"},
+    "synthesis": {"groups", "model.reranker"},
+    "model": set(),
+    "groups": set(),
+    "evaluation": set(),
+    "hub": set(),
 }
-MAKING |= {"labeling", "shortcut"}
-LEARNING = {"loss", "sampling", "collator", "training_args", "guards", "trainer", "checkpoints", "reranker"}
-LEARNING |= {
-    "metrics",
-    "evaluation",
-    "eval_loop",
-    "forecast",
-    "pair_template",
-    "notes",
-    "yes_no",
-    "loading",
-    "saving",
-    "adapters",
-    "score_cache",
-    "lockstep",
-    "misuse",
-    "scoring",
-    "streaming",
-}
-LEARNING |= {"attention", "cpu", "encoding", "families", "packing", "token_ids", "ragged"}
-SHARING = {"cards", "hub"}
-TOP = {"run", "fit", "stages", "cli", "__init__"}
-
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+TOP = {"__init__", "cli"}  # the public names, and the command: they may import everything
 
 
-def imports_of(module: str) -> set[str]:
-    """Modules of the package that a module imports anywhere, type-checking imports included."""
+def name_of(path: Path) -> str:
+    """``groups.schema`` for ``groups/schema.py``; a folder's ``__init__`` is the folder."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = sorted(FILES)
+FOLDERS = set(ALLOWED)
+
+
+def imported_names(module: str) -> set[tuple[str, str]]:
+    """Module and name of every import from this package, inside functions and for type checking included."""
     found = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lce_trainer"):
-            found |= {node.module.partition(".")[2]} if "." in node.module else {name.name for name in node.names}
+    for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}: imports are absolute"
+            if node.module == "lce_trainer" or (node.module or "").startswith("lce_trainer."):
+                source = node.module.removeprefix("lce_trainer").removeprefix(".")
+                for alias in node.names:
+                    inner = f"{source}.{alias.name}".removeprefix(".")
+                    found.add((inner, "") if inner in FILES else (source or "__init__", alias.name))
         elif isinstance(node, ast.Import):
-            found |= {name.name.partition(".")[2] for name in node.names if name.name.startswith("lce_trainer.")}
+            found |= {
+                (a.name.removeprefix("lce_trainer."), "") for a in node.names if a.name.startswith("lce_trainer.")
+            }
     return found
 
 
-def test_every_module_has_a_place():
-    assert set(MODULES) <= BASE | BORDER | MAKING | LEARNING | SHARING | TOP
+def imports_of(module: str) -> set[str]:
+    return {source for source, _ in imported_names(module)}
+
+
+def folder_of(module: str) -> str | None:
+    """The folder a module stands in; None for a base file."""
+    first = module.partition(".")[0]
+    return first if first in FOLDERS else None
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_one_way(module):
-    allowed = set(BASE)
-    if module in BASE:
-        allowed = BASE
-    elif module in BORDER:
-        allowed |= BORDER
-    elif module in MAKING:
-        allowed |= BORDER | MAKING
-    elif module in LEARNING:
-        allowed |= BORDER | LEARNING
-    elif module in SHARING:
-        allowed |= BORDER | SHARING
-    else:
-        allowed = set(MODULES)
-    assert imports_of(module) <= allowed, f"{module} imports {imports_of(module) - allowed}"
+def test_imports_follow_the_rule_of_folders(module):
+    if module in TOP:
+        return
+    folder = folder_of(module)
+    for source in imports_of(module):
+        other = folder_of(source)
+        if other is None or other == folder:
+            continue
+        assert folder is not None, f"{module} is a base file, and imports the folder {other}"
+        assert {other, source} & ALLOWED[folder], f"{module} imports {source}, which the rule for {folder} forbids"
+
+
+def test_no_two_modules_import_each_other_by_any_way():
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join((*way[way.index(module) :], module))
+        if module not in done:
+            for source in sorted(imports_of(module) & set(MODULES)):
+                visit(source, (*way, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_is_one_idea(module):
-    assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= 400
+def test_a_private_name_stays_in_its_folder(module):
+    for source, name in imported_names(module):
+        private = name.startswith("_") and not name.startswith("__")
+        assert not private or folder_of(source) == folder_of(module), f"{module} imports {source}.{name}"
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"cli"}))
 def test_only_the_command_line_prints(module):
-    calls = [node for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())) if isinstance(node, ast.Call)]
+    calls = [
+        node for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+    ]
     assert not [call.lineno for call in calls if getattr(call.func, "id", "") == "print"]
 
 
 def test_only_hub_uploads():
-    for module in set(MODULES) - {"hub"}:
-        text = (PACKAGE / f"{module}.py").read_text()
+    for module in (module for module in MODULES if folder_of(module) != "hub"):
+        text = FILES[module].read_text(encoding="utf-8")
         assert "HfApi" not in text and "upload_folder" not in text, module
 
 
@@ -114,7 +121,7 @@ for name in ("datasets", "evaluate", "pytrec_eval", "pyarrow", "pandas", "bm25s"
 
 import torch
 from lce_trainer import GroupCollator, Reranker, lce_loss
-from lce_trainer.packing import batch_scores, packs
+from lce_trainer.model.packed.packing import batch_scores, packs
 
 reranker = Reranker.from_pretrained(sys.argv[1], device="cpu")
 assert packs(reranker.model)

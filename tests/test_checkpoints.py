@@ -13,8 +13,8 @@ from test_trainer import Ruin, assert_same, easy_groups, make_groups, make_train
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
 from lce_trainer.artifacts import MANIFEST
-from lce_trainer.checkpoints import newest_checkpoint, rotate, seal, verify
 from lce_trainer.errors import TrainingError
+from lce_trainer.training.checkpoints import newest_checkpoint, rotate, seal, verify
 
 
 def checkpoint(folder, step, sealed=True, best=None):

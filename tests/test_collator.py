@@ -8,11 +8,11 @@ from conftest import build_tokenizer
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from lce_trainer.collator import GroupCollator, micro_batches, select_groups
-from lce_trainer.encoding import length_buckets, pad_pairs
 from lce_trainer.errors import TrainingError
-from lce_trainer.ragged import Encoded
-from lce_trainer.sampling import EpochGroups, GroupSampler
+from lce_trainer.model.pairs import length_buckets, pad_pairs
+from lce_trainer.model.ragged import Encoded
+from lce_trainer.training.collator import GroupCollator, micro_batches, select_groups
+from lce_trainer.training.sampling import EpochGroups, GroupSampler
 
 
 def group(query: str, passages: list[str], labels: list[float], **more) -> dict:

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from lce_trainer.config import load_recipe
 from lce_trainer.errors import ConfigError
+from lce_trainer.pipeline.config import load_recipe
 
 TRAINING = ("learning_rate", "num_train_epochs")
 

@@ -10,11 +10,11 @@ import torch
 from conftest import WORDS, build_tokenizer
 from datasets import Dataset, load_from_disk
 
-from lce_trainer import pairs as pairs_module
-from lce_trainer.conversion import to_groups
 from lce_trainer.errors import GroupsError
-from lce_trainer.groups import GROUPS_FEATURES, load_groups, validate_groups
-from lce_trainer.loss import lce_loss
+from lce_trainer.groups import pairs as pairs_module
+from lce_trainer.groups.convert import load_groups, to_groups
+from lce_trainer.groups.schema import GROUPS_FEATURES, validate_groups
+from lce_trainer.training.loss import lce_loss
 
 
 def content(groups: Dataset) -> dict[str, tuple[list[str], list[str]]]:

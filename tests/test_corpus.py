@@ -14,9 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import SHARED_DATA
 
-from lce_trainer.config import CorpusConfig
-from lce_trainer.corpus import Passages, build_passages, clean_text, passage_text, split_passages
 from lce_trainer.errors import ConfigError, CorpusError
+from lce_trainer.synthesis.corpus import (
+    CorpusConfig,
+    Passages,
+    build_passages,
+    clean_text,
+    passage_text,
+    split_passages,
+)
 
 ROWS = [
     {"doc_id": "a", "title": "Moon", "text": "The moon shines. It is red."},

@@ -8,9 +8,9 @@ import torch
 from conftest import build_model
 from torch import nn
 
-from lce_trainer import cpu
-from lce_trainer.cpu import BulkDropout, FusedLinear, FusedLinearGelu, is_plain, linear, speed_up
-from lce_trainer.packing import disable_packing, enable_packing
+from lce_trainer.model.packed import cpu
+from lce_trainer.model.packed.cpu import BulkDropout, FusedLinear, FusedLinearGelu, is_plain, linear, speed_up
+from lce_trainer.model.packed.packing import disable_packing, enable_packing
 
 
 def in_bulk(p: float = 0.3) -> nn.Module:

@@ -37,7 +37,7 @@ def test_every_link_of_a_page_leads_somewhere(page):
 def literals() -> list[str]:
     """Texts of the package as they read in its source, with ``…`` for what is filled in."""
     found = []
-    for path in (ROOT / "lce_trainer").glob("*.py"):
+    for path in (ROOT / "lce_trainer").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]

@@ -10,20 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from lce_trainer.errors import EvaluationError
-from lce_trainer.evaluation import (
-    Query,
-    _bootstrap,
-    _randomization_test,
-    compare,
-    fuse,
-    judgments,
-    markdown,
-    read_judged,
-    read_queries,
-    rerank,
-    table,
-)
-from lce_trainer.metrics import ranking_metrics
+from lce_trainer.evaluation.compare import _bootstrap, _randomization_test, compare, fuse, rerank
+from lce_trainer.evaluation.judged import Query, judgments, read_judged, read_queries
+from lce_trainer.evaluation.metrics import ranking_metrics
+from lce_trainer.evaluation.report import markdown, table
 
 TREC = Path(__file__).parents[2] / "shared" / "data" / "trec-dl19"
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from test_trainer import assert_same, easy_groups, make_groups, make_trainer, weights
 from torch import nn
 
-from lce_trainer.forecast import _sample, _saved_bytes, forecast, free_memory, tell
+from lce_trainer.training.forecast import _sample, _saved_bytes, forecast, free_memory, tell
 
 MEASURE = """
 import json, random, resource, sys
@@ -26,7 +26,7 @@ from test_trainer import make_trainer
 from transformers import BertConfig, BertForSequenceClassification
 
 from transformers import TrainerCallback
-from lce_trainer.forecast import forecast
+from lce_trainer.training.forecast import forecast
 
 plans = []
 

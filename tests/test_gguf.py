@@ -12,9 +12,9 @@ import pytest
 from test_llm import QUERIES, build_model, build_tokenizer, prompts
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lce_trainer.config import LLMConfig
 from lce_trainer.errors import LLMError
-from lce_trainer.llm import TransformersLLM
+from lce_trainer.synthesis.llm.local import TransformersLLM
+from lce_trainer.synthesis.llm.protocol import LLMConfig
 
 
 def write_gguf(path: Path, tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM) -> None:

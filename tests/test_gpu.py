@@ -15,11 +15,11 @@ from test_score_cache import gradients, one_graph
 from test_trainer import assert_same, easy_groups, lively_model, make_groups, make_trainer
 from transformers.utils.import_utils import enable_tf32
 
-from lce_trainer.attention import flash_attention, kernel_problem
-from lce_trainer.config import LLMConfig
-from lce_trainer.llm_local import TransformersLLM
-from lce_trainer.packing import enable_packing
-from lce_trainer.reranker import Reranker
+from lce_trainer.model.packed.attention import flash_attention, kernel_problem
+from lce_trainer.model.packed.packing import enable_packing
+from lce_trainer.model.reranker import Reranker
+from lce_trainer.synthesis.llm.local import TransformersLLM
+from lce_trainer.synthesis.llm.protocol import LLMConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to be seen: make test-gpu")
 

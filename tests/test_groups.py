@@ -5,8 +5,9 @@ from datasets import Dataset
 
 from lce_trainer.artifacts import save_artifact
 from lce_trainer.errors import GroupsError
-from lce_trainer.groups import GROUPS_FEATURES, check_groups, load_groups, validate_groups
-from lce_trainer.sampling import sample_group
+from lce_trainer.groups.convert import load_groups
+from lce_trainer.groups.schema import GROUPS_FEATURES, check_groups, validate_groups
+from lce_trainer.training.sampling import sample_group
 
 
 def rows(*groups: tuple[list[str], list[float]], **more: list) -> Dataset:

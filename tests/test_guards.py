@@ -6,10 +6,10 @@ from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from test_trainer import make_trainer
 
-from lce_trainer.conversion import to_groups
 from lce_trainer.errors import EvaluationError, TrainingError
-from lce_trainer.guards import check_eval, usable_groups
-from lce_trainer.training_args import LCETrainingArguments
+from lce_trainer.groups.convert import to_groups
+from lce_trainer.training.arguments import LCETrainingArguments
+from lce_trainer.training.checks import check_eval, usable_groups
 
 
 def groups(*rows: tuple[str, list[str], list[float]]) -> Dataset:

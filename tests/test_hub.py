@@ -16,10 +16,10 @@ from huggingface_hub import constants
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lce_trainer.artifacts import save_artifact
-from lce_trainer.cards import RunFacts, write_dataset_card, write_model_card
 from lce_trainer.errors import ArtifactError, PublishError
-from lce_trainer.groups import GROUPS_FEATURES
-from lce_trainer.hub import publish
+from lce_trainer.groups.schema import GROUPS_FEATURES
+from lce_trainer.hub.cards import RunFacts, write_dataset_card, write_model_card
+from lce_trainer.hub.publish import publish
 
 TOKEN = "hf_" + "TestTokenThatIsNoRealOne" + "0123456789"
 READER = "hf_" + "AnotherUsersTokenForTests" + "012345678"
@@ -163,7 +163,7 @@ def test_what_was_published_loads_over_http_with_equal_scores_and_the_token_is_n
         TOKEN,
         "import logging, sys; logging.basicConfig(level=logging.DEBUG)\n"
         "from pathlib import Path\n"
-        "from lce_trainer.hub import publish\n"
+        "from lce_trainer.hub.publish import publish\n"
         "print(publish(Path(sys.argv[1]), Path(sys.argv[2]), model_id='user/tiny', dataset_id='user/tiny-groups'))",
         str(model_dir),
         str(groups_dir),

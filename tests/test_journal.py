@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lce_trainer.errors import ArtifactError
-from lce_trainer.journal import Journal, ask
+from lce_trainer.synthesis.journal import Journal, ask
 
 KEYS = [f"key{number}" for number in range(7)]
 BATCHES = [[4, 0], [2, 6, 1], [3, 5]]
@@ -130,7 +130,7 @@ def test_a_wrong_number_of_answers_is_never_journalled(path):
 
 
 def test_a_second_process_is_told_to_wait(path):
-    code = "import sys, pathlib; from lce_trainer.journal import Journal; Journal(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib; from lce_trainer.synthesis.journal import Journal; Journal(pathlib.Path(sys.argv[1]))"
     with Journal(path) as journal:
         journal.append({"a": 1})
         other = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(path):
 def test_a_process_killed_while_it_writes_loses_at_most_the_batch_in_flight(path):
     code = """
         import sys, pathlib
-        from lce_trainer.journal import Journal
+        from lce_trainer.synthesis.journal import Journal
         journal = Journal(pathlib.Path(sys.argv[1]))
         for batch in range(100000):
             journal.append({f"{batch}-{row}": "x" * 2000 for row in range(50)})

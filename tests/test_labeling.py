@@ -10,13 +10,13 @@ import pytest
 from conftest import SHARED_DATA
 from fake_llm import FakeLLM
 
-from lce_trainer.config import LabelConfig
 from lce_trainer.errors import LabelError
-from lce_trainer.groups import GROUPS_FEATURES, validate_groups
-from lce_trainer.journal import Journal
-from lce_trainer.labeling import check_judge, label_candidates
-from lce_trainer.prompts import Prompt
-from lce_trainer.retrieval import BM25Index, candidates
+from lce_trainer.groups.schema import GROUPS_FEATURES, validate_groups
+from lce_trainer.synthesis.journal import Journal
+from lce_trainer.synthesis.labeling import LabelConfig, check_judge, label_candidates
+from lce_trainer.synthesis.prompts import Prompt
+from lce_trainer.synthesis.retrieval.bm25 import BM25Index
+from lce_trainer.synthesis.retrieval.mining import candidates
 
 LIKELIHOOD = Prompt("likelihood.jinja", "Passage: {{ passage }}\nQuery:")
 VERDICT = Prompt("verdict.jinja", "Passage: {{ passage }}\nQuery: {{ query }}\nAnswered:")
@@ -189,7 +189,7 @@ def test_groups_are_the_same_however_many_are_built_at_once(tmp_path, monkeypatc
     passages, found = scattered(60)
     with Journal(tmp_path / "j") as journal:
         whole, _, _ = label_candidates(found, passages, HashedJudge(), LIKELIHOOD, LabelConfig(), 0, journal)
-        monkeypatch.setattr("lce_trainer.labeling._WINDOW", 7)
+        monkeypatch.setattr("lce_trainer.synthesis.labeling._WINDOW", 7)
         parts, _, _ = label_candidates(found, passages, HashedJudge(), LIKELIHOOD, LabelConfig(), 0, journal)
     # Some queries have no negative, so windows and queries do not line up.
     assert 40 < len(whole) < 60

@@ -9,12 +9,12 @@ import torch
 from conftest import SHARED_DATA
 from datasets import Dataset
 
-from lce_trainer.config import LLMConfig
-from lce_trainer.llm_loading import load_model as load_language_model
-from lce_trainer.precision import resolve_dtype
-from lce_trainer.retrieval import BM25Index
-from lce_trainer.trainer import LCETrainer
-from lce_trainer.training_args import LCETrainingArguments
+from lce_trainer.hardware import resolve_dtype
+from lce_trainer.synthesis.llm.protocol import LLMConfig
+from lce_trainer.synthesis.llm.weights import load_model as load_language_model
+from lce_trainer.synthesis.retrieval.bm25 import BM25Index
+from lce_trainer.training.arguments import LCETrainingArguments
+from lce_trainer.training.trainer import LCETrainer
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lce_trainer.config import LLMConfig
 from lce_trainer.errors import ConfigError, LLMError
-from lce_trainer.llm import EndpointLLM, TransformersLLM, load_llm
-from lce_trainer.llm_decode import _gumbel
+from lce_trainer.synthesis.llm.decode import _gumbel
+from lce_trainer.synthesis.llm.endpoint import EndpointLLM
+from lce_trainer.synthesis.llm.loading import load_llm
+from lce_trainer.synthesis.llm.local import TransformersLLM
+from lce_trainer.synthesis.llm.protocol import LLMConfig
 
 SHOTS = "passage: the red fish swims in the cold river. query: where does the red fish live?\n"
 PASSAGES = ["a bird lives in the old tree", "rain falls on the hill", "the moon shines on snow and sand at night"]

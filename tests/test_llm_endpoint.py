@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from lce_trainer.config import LLMConfig
 from lce_trainer.errors import LLMError
-from lce_trainer.llm import EndpointLLM
+from lce_trainer.synthesis.llm.endpoint import EndpointLLM
+from lce_trainer.synthesis.llm.protocol import LLMConfig
 
 TOKEN = "hf_neverwritten0123456789"
 OPTIONS = [[" yes", "Yes"], [" no", "No"]]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lce_trainer.llm_decode import decode, decode_plainly, sample
-from lce_trainer.llm_tree import common_prefix, cut_batches, last_logits, prefix_cache, takes_trees
+from lce_trainer.synthesis.llm.decode import decode, decode_plainly, sample
+from lce_trainer.synthesis.llm.tree import common_prefix, cut_batches, last_logits, prefix_cache, takes_trees
 
 SHAPE = {
     "vocab_size": 330,
@@ -118,7 +118,7 @@ def test_a_model_that_cannot_take_trees_is_told_and_gets_each_sequence_alone(fam
 def test_a_model_whose_mask_leaks_is_found_out(monkeypatch):
     model, _ = build("llama")
     assert takes_trees(model)
-    monkeypatch.setattr("lce_trainer.llm_tree._ancestors", lambda row, width: np.tri(width, dtype=bool))
+    monkeypatch.setattr("lce_trainer.synthesis.llm.tree._ancestors", lambda row, width: np.tri(width, dtype=bool))
     assert not takes_trees(model)
 
 
@@ -164,7 +164,7 @@ def test_a_long_row_is_cut_and_its_beginning_computed_again():
 
 def test_no_forward_pass_makes_more_logits_than_it_may(monkeypatch):
     model, close = build("llama")
-    monkeypatch.setattr("lce_trainer.llm_tree._LOGIT_BYTES", 10 * 330 * 8)
+    monkeypatch.setattr("lce_trainer.synthesis.llm.tree._LOGIT_BYTES", 10 * 330 * 8)
     rows = []
     model.get_output_embeddings().register_forward_hook(lambda _, __, output: rows.append(output.shape[1]))
     sequences = forest()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lce_trainer.loss import distillation_loss, group_losses, lce_loss
+from lce_trainer.training.loss import distillation_loss, group_losses, lce_loss
 
 
 def grid(*rows: list[float]) -> tuple[torch.Tensor, torch.Tensor]:

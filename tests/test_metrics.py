@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import pytrec_eval
 
-import lce_trainer.metrics
+import lce_trainer.evaluation.metrics
 from lce_trainer.errors import EvaluationError
-from lce_trainer.metrics import RankingMetrics, group_metrics, metric_rows, ranking_metrics
+from lce_trainer.evaluation.metrics import RankingMetrics, metric_rows, ranking_metrics
+from lce_trainer.training.evaluate import group_metrics
 
 TREC = Path(__file__).parents[2] / "shared" / "data" / "trec-dl19"
 
@@ -110,7 +111,7 @@ def test_what_cannot_be_ranked_is_an_error(run, qrels, message):
         ranking_metrics(run, qrels)
 
 
-@pytest.mark.parametrize("load", [RankingMetrics, lambda: evaluate.load(lce_trainer.metrics.__file__)])
+@pytest.mark.parametrize("load", [RankingMetrics, lambda: evaluate.load(lce_trainer.evaluation.metrics.__file__)])
 def test_the_evaluate_metric_averages_the_same_values_offline(load, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path))
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -8,12 +8,12 @@ from accelerate.state import AcceleratorState
 from conftest import build_tokenizer
 from test_trainer import lively_model, make_groups, make_trainer
 
-from lce_trainer.collator import GroupCollator
 from lce_trainer.errors import ConfigError, TrainingError
-from lce_trainer.packing import packs
-from lce_trainer.reranker import Reranker
-from lce_trainer.trainer import LCETrainer
-from lce_trainer.training_args import LCETrainingArguments
+from lce_trainer.model.packed.packing import packs
+from lce_trainer.model.reranker import Reranker
+from lce_trainer.training.arguments import LCETrainingArguments
+from lce_trainer.training.collator import GroupCollator
+from lce_trainer.training.trainer import LCETrainer
 
 SIZES = {"group_size": 4, "max_length": 48, "max_query_length": 10}
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from lce_trainer.errors import ConfigError
-from lce_trainer.packaged import resolve_model
+from lce_trainer.names import resolve_model
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "folder/model", "/somewhere/model.gguf"])

@@ -25,14 +25,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_templates_prompts_and_typing(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for name in (
-        "model_card_template.md",
-        "dataset_card_template.md",
+        "hub/model_card_template.md",
+        "hub/dataset_card_template.md",
         "py.typed",
-        "prompts/query.jinja",
-        "pair_template.jinja",
+        "synthesis/prompts/query.jinja",
+        "model/pair_template.jinja",
     ):
         assert f"lce_trainer/{name}" in names
-    assert f"lce_trainer/prompts/{'verdict'}.jinja" in names
+    assert "lce_trainer/synthesis/prompts/verdict.jinja" in names
     assert not [name for name in names if name.startswith(("tests/", "recipes/", "benchmarks/"))]
 
 
@@ -41,8 +41,8 @@ def test_an_installed_wheel_finds_its_files(wheel, tmp_path):
     code = (
         "import lce_trainer, pathlib\n"
         f"assert pathlib.Path(lce_trainer.__file__).is_relative_to({str(tmp_path)!r})\n"
-        "from lce_trainer.prompts import load_prompt\n"
-        "from lce_trainer.cards import RunFacts, write_model_card\n"
+        "from lce_trainer.synthesis.prompts import load_prompt\n"
+        "from lce_trainer.hub.cards import RunFacts, write_model_card\n"
         "print(len(load_prompt('likelihood').render(passage='a', examples=[])))\n"
         "from lce_trainer.cli import main\n"
         "main(['--help'])\n"

@@ -25,9 +25,9 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from lce_trainer.packing import _filler, disable_packing, enable_packing, pack_pairs, packs
-from lce_trainer.packing import packed_scores as scores_of
-from lce_trainer.yes_no import note_answers, pair_logits
+from lce_trainer.model.packed.packing import _filler, disable_packing, enable_packing, pack_pairs, packs
+from lce_trainer.model.packed.packing import packed_scores as scores_of
+from lce_trainer.model.yes_no import note_answers, pair_logits
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 SMALL |= {"max_position_embeddings": 64, "num_labels": 1, "pad_token_id": 0}

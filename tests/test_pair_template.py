@@ -4,10 +4,10 @@ import pytest
 from conftest import ids_of_pairs
 from tiny_models import DECODERS, tiny_config, tiny_tokenizer
 
-from lce_trainer.collator import GroupCollator
-from lce_trainer.encoding import encode_groups
 from lce_trainer.errors import TrainingError
-from lce_trainer.pair_template import encode_by_template, pair_template, settle_template
+from lce_trainer.model.pairs import encode_groups
+from lce_trainer.model.template import encode_by_template, pair_template, settle_template
+from lce_trainer.training.collator import GroupCollator
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

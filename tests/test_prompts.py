@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-import lce_trainer.prompts
+import lce_trainer.synthesis.prompts
 from lce_trainer.errors import PromptError
-from lce_trainer.prompts import load_prompt
+from lce_trainer.synthesis.prompts import load_prompt
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,7 +15,7 @@ def write(path: Path, source: str) -> str:
 
 
 def test_the_name_prompts_is_the_module_not_the_folder_beside_it():
-    assert lce_trainer.prompts.__file__ == str(ROOT / "lce_trainer" / "prompts.py")
+    assert lce_trainer.synthesis.prompts.__file__ == str(ROOT / "lce_trainer" / "synthesis" / "prompts" / "__init__.py")
 
 
 @pytest.mark.parametrize("name", ["query", "likelihood"])

@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 from fake_llm import FakeLLM
 
-from lce_trainer.config import GenerateConfig
 from lce_trainer.errors import LLMError
-from lce_trainer.journal import Journal
-from lce_trainer.prompts import Prompt, load_prompt
-from lce_trainer.queries import QUERIES_FEATURES, clean_query, cut_words, generate_queries, plan_batches
-from lce_trainer.retrieval import BM25Index
+from lce_trainer.synthesis.journal import Journal
+from lce_trainer.synthesis.prompts import Prompt, load_prompt
+from lce_trainer.synthesis.queries import (
+    QUERIES_FEATURES,
+    GenerateConfig,
+    clean_query,
+    cut_words,
+    generate_queries,
+    plan_batches,
+)
+from lce_trainer.synthesis.retrieval.bm25 import BM25Index
 
 PROMPT = Prompt("test.jinja", "Write. {% for e in examples %}{{ e.query }} {% endfor %}Passage: {{ passage }}\nQuery:")
 FILLER = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet"]

@@ -1,6 +1,6 @@
 import numpy as np
 
-from lce_trainer.ragged import Encoded, Texts, ragged
+from lce_trainer.model.ragged import Encoded, Texts, ragged
 
 
 def test_pieces_of_an_array_are_gathered_in_their_order_empty_ones_too():

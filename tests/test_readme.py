@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lce_trainer.cli import _parser
-from lce_trainer.run import open_run
+from lce_trainer.pipeline.run import open_run
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/trainer.md", "recipes/README.md", "CONTRIBUTING.md", "recipes/medquad/recipe.yaml")

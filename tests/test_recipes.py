@@ -16,8 +16,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from safetensors.torch import load_file
 from test_trainer import assert_same
 
-from lce_trainer.config import load_recipe
-from lce_trainer.training_args import LCETrainingArguments
+from lce_trainer.pipeline.config import load_recipe
+from lce_trainer.training.arguments import LCETrainingArguments
 
 ROOT = Path(__file__).parents[1]
 RECIPES, TESTS = ROOT / "recipes", ROOT / "tests"

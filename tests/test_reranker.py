@@ -6,13 +6,13 @@ import torch
 from conftest import WORDS, build_model, build_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from lce_trainer.encoding import pad_pairs
 from lce_trainer.errors import ConfigError, TrainingError
-from lce_trainer.loading import load_model
-from lce_trainer.notes import RAW_SCORES
-from lce_trainer.ragged import Encoded
-from lce_trainer.reranker import Reranker
-from lce_trainer.scoring import scoring_batches
+from lce_trainer.model.crossencoder import RAW_SCORES
+from lce_trainer.model.loading import load_model
+from lce_trainer.model.pairs import pad_pairs
+from lce_trainer.model.ragged import Encoded
+from lce_trainer.model.reranker import Reranker
+from lce_trainer.model.scoring import scoring_batches
 
 
 def make_pairs(n: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -76,7 +76,7 @@ def test_batches_keep_to_their_tokens_and_lose_no_pair():
 def test_windows_of_pairs_score_as_one(checkpoint, monkeypatch):
     reranker, pairs = Reranker.from_pretrained(checkpoint), make_pairs(20)
     whole = reranker.score(pairs)
-    monkeypatch.setattr("lce_trainer.scoring.WINDOW", 6)
+    monkeypatch.setattr("lce_trainer.model.scoring.WINDOW", 6)
     np.testing.assert_allclose(reranker.score(pairs), whole, atol=1e-6)
 
 

@@ -17,9 +17,11 @@ from conftest import SHARED_DATA, WORDS, build_tokenizer
 from transformers import BertConfig, BertModel
 
 from lce_trainer.errors import ArtifactError, ConfigError, CorpusError
-from lce_trainer.metrics import ranking_metrics
-from lce_trainer.packaged import resolve_model
-from lce_trainer.retrieval import BM25Index, candidates, embed
+from lce_trainer.evaluation.metrics import ranking_metrics
+from lce_trainer.names import resolve_model
+from lce_trainer.synthesis.retrieval.bm25 import BM25Index
+from lce_trainer.synthesis.retrieval.dense import embed
+from lce_trainer.synthesis.retrieval.mining import candidates
 
 TEXTS = ["red fish in the river", "green trees", "a fish and a bird and a fish", "the bird", "rivers of snow", "x"]
 
@@ -107,7 +109,7 @@ def test_a_loaded_index_is_memory_mapped_and_finds_the_same(tmp_path: Path) -> N
 def test_the_same_passages_give_the_same_bytes_in_another_process(tmp_path: Path) -> None:
     code = """if True:
         import sys, datasets, pathlib
-        from lce_trainer.retrieval import BM25Index
+        from lce_trainer.synthesis.retrieval.bm25 import BM25Index
         BM25Index.build(datasets.Dataset.from_dict({"text": sys.argv[2:]}), pathlib.Path(sys.argv[1]))
     """
     texts = random_texts(50, 4)

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from lce_trainer.errors import GroupsError
-from lce_trainer.sampling import EpochGroups, GroupSampler, sample_group
+from lce_trainer.training.sampling import EpochGroups, GroupSampler, sample_group
 
 
 @pytest.mark.parametrize(("negatives", "wanted"), [(7, 7), (7, 3), (14, 7), (5, 4), (30, 7), (3, 1)])

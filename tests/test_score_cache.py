@@ -17,7 +17,7 @@ from test_yes_no import ASKING
 from tiny_models import DECODERS, FAMILIES, tiny_language_model, tiny_model, tiny_tokenizer
 
 from lce_trainer.errors import TrainingError
-from lce_trainer.score_cache import cache_gradients, cut_step, idle_chunk
+from lce_trainer.training.step import cache_gradients, cut_step, idle_chunk
 
 
 def gradients(trainer) -> dict[str, torch.Tensor]:

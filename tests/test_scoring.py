@@ -16,11 +16,11 @@ from tiny_models import FAMILIES, tiny_tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 
 from lce_trainer import Reranker
-from lce_trainer import scoring as module
-from lce_trainer.encoding import pair_layout
 from lce_trainer.errors import TrainingError
-from lce_trainer.pair_template import pair_template
-from lce_trainer.scoring import score_pairs, scoring_batches
+from lce_trainer.model import scoring as module
+from lce_trainer.model.pairs import pair_layout
+from lce_trainer.model.scoring import score_pairs, scoring_batches
+from lce_trainer.model.template import pair_template
 
 TESTS = Path(__file__).parent
 
@@ -196,7 +196,8 @@ sys.path.insert(0, {tests!r})
 import torch
 from accelerate import Accelerator
 from test_reranker import make_pairs
-from lce_trainer import Reranker, scoring
+from lce_trainer import Reranker
+from lce_trainer.model import scoring
 from lce_trainer.errors import TrainingError
 
 accelerator = Accelerator(cpu=True)

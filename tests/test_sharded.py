@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification
 
 from lce_trainer import Reranker
-from lce_trainer.checkpoints import verify
-from lce_trainer.lockstep import shard_by_layer
+from lce_trainer.distributed import shard_by_layer
+from lce_trainer.training.checkpoints import verify
 
 TESTS = Path(__file__).parent
 

@@ -18,7 +18,7 @@ from test_trainer import assert_same
 from tiny_models import tiny_model
 
 from lce_trainer import Reranker
-from lce_trainer.trainer import LCETrainer
+from lce_trainer.training.trainer import LCETrainer
 
 TESTS = Path(__file__).parent
 RUN = {"optim": "adamw_torch", "learning_rate": 0.01, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}

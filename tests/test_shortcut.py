@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lce_trainer.shortcut import auc, shortcut_probe, word_counts
+from lce_trainer.synthesis.shortcut import auc, shortcut_probe, word_counts
 
 WORDS = [f"word{i}" for i in range(200)]
 
@@ -130,7 +130,7 @@ def test_the_probe_never_sees_the_query():
 
 
 def test_large_sets_are_probed_on_a_draw(monkeypatch):
-    monkeypatch.setattr("lce_trainer.shortcut._MAX_GROUPS", 50)
+    monkeypatch.setattr("lce_trainer.synthesis.shortcut._MAX_GROUPS", 50)
     groups = build_groups(blind, n=120)
     assert shortcut_probe(groups, seed=1) == shortcut_probe(groups, seed=1) != shortcut_probe(groups, seed=2)
 

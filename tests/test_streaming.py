@@ -13,10 +13,10 @@ from test_trainer import assert_same, make_groups, make_trainer, weights
 from torch.utils.data import DataLoader
 
 from lce_trainer.errors import ConfigError, GroupsError, TrainingError
-from lce_trainer.groups import validate_groups
-from lce_trainer.sampling import sample_group
-from lce_trainer.streaming import StreamedGroups, usable_rows
-from lce_trainer.training_args import LCETrainingArguments
+from lce_trainer.groups.schema import validate_groups
+from lce_trainer.training.arguments import LCETrainingArguments
+from lce_trainer.training.sampling import sample_group
+from lce_trainer.training.streaming import StreamedGroups, usable_rows
 
 USELESS = [
     {"query_id": "all", "query": "red", "passages": ["a", "b"], "labels": [1.0, 1.0], "scores": None},

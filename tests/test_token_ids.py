@@ -15,16 +15,16 @@ from tiny_models import FAMILIES, tiny_config, tiny_tokenizer
 from tokenizers import processors
 from torch.utils.data import DataLoader
 
-from lce_trainer.collator import GroupCollator
-from lce_trainer.conversion import to_groups
-from lce_trainer.encoding import pair_layout
 from lce_trainer.errors import TrainingError
-from lce_trainer.pair_template import settle_template
-from lce_trainer.sampling import EpochGroups, GroupSampler
-from lce_trainer.streaming import training_rows
-from lce_trainer.token_ids import token_ids
-from lce_trainer.trainer import LCETrainer
-from lce_trainer.training_args import LCETrainingArguments
+from lce_trainer.groups.convert import to_groups
+from lce_trainer.model.pairs import pair_layout
+from lce_trainer.model.template import settle_template
+from lce_trainer.training.arguments import LCETrainingArguments
+from lce_trainer.training.collator import GroupCollator
+from lce_trainer.training.sampling import EpochGroups, GroupSampler
+from lce_trainer.training.streaming import training_rows
+from lce_trainer.training.token_ids import token_ids
+from lce_trainer.training.trainer import LCETrainer
 
 WORDS = ["moon", "river", "tree", "snow", "stone"]
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, TrainerCallback
 
 from lce_trainer.errors import GroupsError, TrainingError
-from lce_trainer.loss import lce_loss
-from lce_trainer.reranker import Reranker
-from lce_trainer.trainer import LCETrainer
-from lce_trainer.training_args import LCETrainingArguments
+from lce_trainer.model.reranker import Reranker
+from lce_trainer.training.arguments import LCETrainingArguments
+from lce_trainer.training.loss import lce_loss
+from lce_trainer.training.trainer import LCETrainer
 
 
 def make_groups(n: int, seed: int = 0) -> Dataset:

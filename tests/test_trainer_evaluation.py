@@ -7,8 +7,8 @@ from test_trainer import Ruin, easy_groups, make_groups, make_trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from lce_trainer.errors import TrainingError
-from lce_trainer.metrics import ranking_metrics
-from lce_trainer.reranker import Reranker
+from lce_trainer.evaluation.metrics import ranking_metrics
+from lce_trainer.model.reranker import Reranker
 
 # ---- evaluation
 

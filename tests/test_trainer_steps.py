@@ -13,8 +13,8 @@ from test_loss import reference_group
 from test_trainer import assert_same, easy_groups, lively_model, make_groups, make_trainer, weights
 from transformers import TrainerCallback
 
-from lce_trainer.collator import GroupCollator
-from lce_trainer.trainer import LCETrainer
+from lce_trainer.training.collator import GroupCollator
+from lce_trainer.training.trainer import LCETrainer
 
 WAYS = {
     "accumulated batches of one": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},

@@ -7,7 +7,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from lce_trainer.errors import ConfigError
-from lce_trainer.training_args import LCETrainingArguments
+from lce_trainer.training.arguments import LCETrainingArguments
 
 
 def test_the_token_is_in_nothing_that_is_saved(tmp_path):

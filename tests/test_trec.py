@@ -9,10 +9,10 @@ from conftest import SHARED_DATA
 from datasets import Dataset
 from test_conversion import content
 
-from lce_trainer.conversion import to_groups
 from lce_trainer.errors import GroupsError
-from lce_trainer.groups import load_groups
-from lce_trainer.metrics import group_metrics, ranking_metrics
+from lce_trainer.evaluation.metrics import ranking_metrics
+from lce_trainer.groups.convert import load_groups, to_groups
+from lce_trainer.training.evaluate import group_metrics
 
 QUERIES = {"1": "capital of France", "2": "capital of Peru", "3": "nobody asked"}
 CORPUS = {"p": "Paris", "y": "Lyon", "n": "Nice", "l": "Lima", "c": "Cusco", "u": "Puno", "m": "Marseille"}

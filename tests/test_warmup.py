@@ -5,10 +5,9 @@ import pytest
 from conftest import WORDS
 from datasets import Dataset
 
-from lce_trainer.config import WarmStartConfig
 from lce_trainer.errors import TrainingError
-from lce_trainer.groups import validate_groups
-from lce_trainer.warmup import warm_start_groups
+from lce_trainer.groups.schema import validate_groups
+from lce_trainer.synthesis.warm_start import WarmStartConfig, warm_start_groups
 
 
 def corpus(n: int) -> Dataset:

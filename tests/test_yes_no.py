@@ -9,13 +9,14 @@ from tiny_models import tiny_language_model, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lce_trainer.errors import TrainingError
-from lce_trainer.hub import publish
-from lce_trainer.loading import load_model, load_tokenizer, pairing_tokenizer, prepare
-from lce_trainer.pair_template import pair_template
-from lce_trainer.reranker import Reranker
-from lce_trainer.scoring import scoring_batches
-from lce_trainer.training_args import LCETrainingArguments
-from lce_trainer.yes_no import answers_of, pair_logits, question_template
+from lce_trainer.hub.publish import publish
+from lce_trainer.model.loading import load_model, load_tokenizer, pairing_tokenizer
+from lce_trainer.model.reranker import Reranker
+from lce_trainer.model.scoring import scoring_batches
+from lce_trainer.model.template import pair_template
+from lce_trainer.model.yes_no import answers_of, pair_logits, question_template
+from lce_trainer.training.arguments import LCETrainingArguments
+from lce_trainer.training.trainer import prepare
 
 # The chat format of Qwen3, as far as a question needs it.
 QWEN3 = (

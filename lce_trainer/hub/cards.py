@@ -1,0 +1,329 @@
+"""Model card and dataset card, filled from the facts of a run.
+
+A card holds what its reader can check: counts, settings, prompts, figures with their intervals. It never holds a
+path of the machine it was written on, nor a token.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import jinja2
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
+
+from lce_trainer.artifacts import read_manifest
+from lce_trainer.errors import PublishError
+
+CARD = "README.md"
+_MEASURES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "map@10": "MAP@10"}
+_SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key)$")
+_MACHINE_KEY = re.compile(r"(^|_)(dir|path|folder|checkpoint|run_name|local_rank)$")
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
+_SHOWN = 300  # characters of each text in the dataset card's example
+
+
+@dataclass
+class Evaluation:
+    """Figures on one set of human judgments.
+
+    Attributes:
+        name: What was measured on, e.g. ``"MedQuAD, human test questions"``.
+        rows: What ``evaluation.compare`` found, as dicts.
+        table: The same as a Markdown table.
+        system: Name of this model's row.
+        queries: How many queries were measured.
+        dataset_id: Hub id of the judgments, if they have one.
+        split: Which part of them.
+        notes: A sentence on what else to know, e.g. which candidates were reranked.
+    """
+
+    name: str
+    rows: Sequence[Mapping[str, Any]]
+    table: str
+    system: str
+    queries: int
+    dataset_id: str | None = None
+    split: str = "test"
+    notes: str = ""
+
+
+@dataclass
+class RunFacts:
+    """What the cards say about a run; whatever is left empty is left out.
+
+    Attributes:
+        model_name: Heading of the model's card.
+        dataset_name: Heading of the dataset's card.
+        base_model: Name of the base model as the recipe has it; linked if it is a Hub id.
+        license: License identifier of the Hub, e.g. ``"apache-2.0"``.
+        language: Language codes of queries and passages.
+        model_id: Hub repo of the model, if it is to be published.
+        dataset_id: Hub repo of the groups, if they are.
+        corpus: What the documents are, in a sentence.
+        corpus_counts: Documents, passages, what was merged and dropped.
+        llm: Name of the language model.
+        prompts: Text of each prompt's template, by name.
+        prompt_digests: Digest of each prompt, by name.
+        judge: Which judge labeled.
+        judge_settings: Its thresholds.
+        query_counts: Queries written, dropped and why.
+        candidate_counts: What mining found.
+        label_counts: Groups, positives, negatives, what was dropped and why.
+        shortcut_auc: AUC of each query-blind guesser.
+        warm_start: Settings of the warm start, if there was one.
+        training: Settings of the training.
+        checkpoint_chosen_on: What chose the best checkpoint, if human labels did, e.g. ``"100 human dev queries"``.
+        max_length: Tokens of query and passage the model reads.
+        evaluations: Figures on human judgments.
+        libraries: Version of each library.
+        example_query: For the code on the card.
+        example_passages: For the code on the card.
+    """
+
+    model_name: str
+    dataset_name: str
+    base_model: str = ""
+    license: str = "apache-2.0"
+    language: Sequence[str] = ("en",)
+    model_id: str | None = None
+    dataset_id: str | None = None
+    corpus: str = ""
+    corpus_counts: Mapping[str, int] = field(default_factory=dict)
+    llm: str = ""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    prompt_digests: Mapping[str, str] = field(default_factory=dict)
+    judge: str = ""
+    judge_settings: Mapping[str, Any] = field(default_factory=dict)
+    query_counts: Mapping[str, int] = field(default_factory=dict)
+    candidate_counts: Mapping[str, int] = field(default_factory=dict)
+    label_counts: Mapping[str, int] = field(default_factory=dict)
+    shortcut_auc: Mapping[str, float] = field(default_factory=dict)
+    warm_start: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint_chosen_on: str = ""
+    max_length: int | None = None
+    evaluations: Sequence[Evaluation] = ()
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    example_query: str = "how do I remove white space from both ends of a string"
+    example_passages: Sequence[str] = (
+        "str.strip: return a copy of the string with leading and trailing white space removed.",
+        "str.title: return a titlecased version of the string.",
+    )
+
+
+def write_model_card(folder: Path, facts: RunFacts, template: Path | None = None) -> Path:
+    """Write ``README.md`` beside a model, from ``model_card_template.md``.
+
+    Args:
+        folder: The model's folder; its files tell how pairs are read and scored.
+        facts: What to say.
+        template: Another template, filled with the same names.
+
+    Raises:
+        PublishError: The template does not render, or a fact holds a Hub token.
+    """
+    base = _hub_id(facts.base_model)
+    data = ModelCardData(
+        language=list(facts.language),
+        license=facts.license,
+        library_name="sentence-transformers",
+        pipeline_tag="text-ranking",
+        tags=["cross-encoder", "reranker", "lce", "synthetic", "sentence-transformers", "transformers"],
+        base_model=base,
+        datasets=[facts.dataset_id] if facts.dataset_id else None,
+        metrics=list(_MEASURES) if facts.evaluations else None,
+        model_name=facts.model_name,
+        eval_results=_eval_results(facts.evaluations) or None,
+    )
+    return _write(
+        folder,
+        template or _find_template("model_card_template.md"),
+        metadata=data.to_yaml().strip(),
+        facts=facts,
+        name=facts.model_id or "path/to/this/folder",
+        dataset_link=_link(facts.dataset_id, "datasets/"),
+        training=_public_settings(facts.training),
+        stages=_stages(facts),
+        by_template=(folder / "chat_template.jinja").is_file(),
+        by_answer=(folder / "modules.json").is_file(),
+    )
+
+
+def write_dataset_card(folder: Path, facts: RunFacts, template: Path | None = None) -> Path:
+    """Write ``README.md`` beside the groups, with counts and an example read from them.
+
+    Args:
+        folder: The groups artifact.
+        facts: What to say.
+        template: Another template, filled with the same names.
+
+    Raises:
+        ArtifactError: The groups are missing, unfinished or damaged.
+        PublishError: The template does not render, or a fact holds a Hub token.
+    """
+    names = sorted(read_manifest(folder, "groups").files, key=lambda name: (name != "train.parquet", name))
+    splits = [_split(folder / name) for name in names]
+    data = DatasetCardData(
+        language=list(facts.language),
+        license=facts.license,
+        pretty_name=facts.dataset_name,
+        task_categories=["text-ranking"],
+        size_categories=[_size_category(sum(split["groups"] for split in splits))],
+        annotations_creators=["machine-generated"],
+        language_creators=["machine-generated"],
+        tags=["synthetic", "reranker", "lce", "hard-negatives", "sentence-transformers"],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": Path(name).stem, "path": name} for name in names],
+            }
+        ],
+    )
+    return _write(
+        folder,
+        template or _find_template("dataset_card_template.md"),
+        metadata=data.to_yaml().strip(),
+        facts=facts,
+        name=facts.dataset_id or "path/to/this/folder",
+        model_link=_link(facts.model_id, ""),
+        splits=splits,
+        example=_example(folder / names[0]),
+        stages=_stages(facts),
+    )
+
+
+def _write(folder: Path, template: Path, **values: Any) -> Path:
+    environment = jinja2.Environment(  # noqa: S701  (Markdown, not HTML)
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters.update(
+        cell=lambda value: str(_public(value)).replace("|", "\\|").replace("\n", " "),
+        words=lambda key: str(key).replace("_", " "),
+        quoted=lambda text: json.dumps(text, ensure_ascii=False),  # a Python literal as well
+        public=_public,
+        model=_model_in_words,
+        fenced=_fenced,
+    )
+    try:
+        text = environment.from_string(template.read_text(encoding="utf-8")).render(**values)
+    except (OSError, jinja2.TemplateError) as error:
+        what = " ".join(str(error).split())
+        raise PublishError(f"the card template {template} does not render: {what}") from None
+    if _TOKEN.search(text):
+        raise PublishError(f"a fact of the card for {folder.name} holds a Hub token: remove it, and revoke the token")
+    card = folder / CARD
+    card.write_text(re.sub(r"\n{3,}", "\n\n", text), encoding="utf-8")
+    return card
+
+
+def _find_template(name: str) -> Path:
+    """In a wheel every template lies in the package; in a checkout the model card's lies at the root."""
+    here = Path(__file__).parent
+    return next((folder / name for folder in (here, *here.parents[:2]) if (folder / name).is_file()), here / name)
+
+
+def _eval_results(evaluations: Sequence[Evaluation]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-ranking",
+            task_name="Reranking",
+            dataset_type=evaluation.dataset_id or "custom",
+            dataset_name=evaluation.name,
+            dataset_split=evaluation.split,
+            metric_type=row["measure"],
+            metric_name=_MEASURES[row["measure"]],
+            metric_value=round(float(row["mean"]), 4),
+        )
+        for evaluation in evaluations
+        for row in evaluation.rows
+        if row["system"] == evaluation.system
+    ]
+
+
+def _stages(facts: RunFacts) -> list[tuple[str, Mapping[str, int]]]:
+    stages = (
+        ("corpus", facts.corpus_counts),
+        ("queries", facts.query_counts),
+        ("candidates", facts.candidate_counts),
+        ("labels", facts.label_counts),
+    )
+    return [(name, counts) for name, counts in stages if counts]
+
+
+def _split(path: Path) -> dict[str, Any]:
+    labels = pq.read_table(path, columns=["labels"])["labels"].combine_chunks().flatten()
+    return {
+        "name": path.stem,
+        "groups": pq.read_metadata(path).num_rows,
+        "passages": len(labels),
+        "positives": pc.sum(pc.greater(labels, 0)).as_py() or 0,
+    }
+
+
+def _example(path: Path) -> str:
+    rows = next(pq.ParquetFile(path).iter_batches(batch_size=1), None)
+    if rows is None:
+        return ""
+    row = {
+        key: [_short(item) for item in value[:3]] if isinstance(value, list) else _short(value)
+        for key, value in rows.to_pylist()[0].items()
+    }
+    return json.dumps(row, indent=1, ensure_ascii=False)
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    return f"{value[:_SHOWN]}…" if isinstance(value, str) and len(value) > _SHOWN else value
+
+
+def _size_category(rows: int) -> str:
+    """The Hub's own classes, https://huggingface.co/docs/hub/datasets-cards."""
+    bounds = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+    return next((name for bound, name in bounds if rows < bound), "10M<n<100M")
+
+
+def _public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without secrets and without what only means something on the machine of the run."""
+    return {
+        key: value
+        for key, value in settings.items()
+        if value is not None and not _SECRET_KEY.search(key) and not _MACHINE_KEY.search(key)
+    }
+
+
+def _public(value: Any) -> Any:
+    """A folder or file of the machine becomes its name."""
+    if not isinstance(value, (str, Path)):
+        return value
+    text = str(value)
+    if text.startswith("~") or PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute():
+        return PureWindowsPath(text).name
+    return text
+
+
+def _hub_id(name: str) -> str | None:
+    """The name, if it can only be a Hub id: not a package's model, not a folder here."""
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+
+
+def _link(repo_id: str | None, kind: str) -> str:
+    return f"[{repo_id}](https://huggingface.co/{kind}{repo_id})" if repo_id else ""
+
+
+def _model_in_words(name: str) -> str:
+    if name.startswith("package:"):
+        package = name.removeprefix("package:").partition("/")[0]
+        return f"`{package}` (the Python package `{package.replace('_', '-')}`)"
+    return _link(_hub_id(name), "") or f"`{PureWindowsPath(name).name}`"
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block that its own text cannot close."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`{3,}", text))])
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -1,0 +1,181 @@
+"""LoRA and its kind: adapters of PEFT on a frozen model, the classification head trained as a whole.
+
+The folder of a trained adapter holds the adapter, the head and the tokenizer, and names its base.
+:class:`lce_trainer.Reranker` loads it merged, and a merged model is a plain checkpoint.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lce_trainer.distributed import not_shared_out
+from lce_trainer.errors import TrainingError
+from lce_trainer.model.yes_no import is_language_model
+from lce_trainer.settings import option
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters and the head are trained in place of all weights; the model is written merged.
+
+    They need the ``peft`` extra, and a ``learning_rate`` about ten times that of training all weights.
+    """
+
+    r: int = option(0, "Rank of the adapters; 0 trains all weights.")
+    alpha: int = option(32, "Scale of the adapters, divided by their rank.")
+    dropout: float = option(0.05, "Dropout on what the adapters read.")
+    target_modules: list[str] | None = option(None, "Names of the layers adapted; every linear one if null.")
+
+
+def add_adapters(model: PreTrainedModel, peft_config: Any, mixed_precision: bool) -> Any:
+    """A model with adapters to train; everything else of it is frozen, but the classification head.
+
+    The base is neither cast nor moved, so it may be quantized; what is trained is float32.
+
+    Args:
+        model: A reranker.
+        peft_config: A ``peft.PeftConfig``. Where it leaves open what is adapted, that is every linear
+            layer but the head's.
+        mixed_precision: Whether training runs under autocast.
+
+    Raises:
+        TrainingError: PEFT is not installed, the model has adapters already, or a base in half
+            precision would meet a head in float32 without autocast.
+    """
+    peft = import_peft()
+    if isinstance(model, peft.PeftModel):
+        raise TrainingError("the model has adapters already: pass it without peft_config to train them")
+    if not isinstance(peft_config, peft.PeftConfig):
+        raise TrainingError(f"peft_config must be a peft.PeftConfig, like LoraConfig, not {type(peft_config).__name__}")
+    config = copy.deepcopy(peft_config)
+    if config.task_type is None:
+        config.task_type = peft.TaskType.CAUSAL_LM if is_language_model(model) else peft.TaskType.SEQ_CLS
+    if hasattr(config, "target_modules") and config.target_modules is None:
+        config.target_modules = "all-linear"
+    if hasattr(config, "modules_to_save") and not is_language_model(model):
+        config.modules_to_save = sorted({*(config.modules_to_save or []), *head_modules(model)})
+    adapted = peft.get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            if not mixed_precision:
+                kind = str(parameter.dtype).removeprefix("torch.")
+                raise TrainingError(
+                    f"the model is in {kind} and what is trained in float32: set bf16=True, or load it in float32"
+                )
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def keep_trainable(model: Any) -> None:
+    """See to it that gradients go through a base that bitsandbytes has quantized, whatever is done between two steps.
+
+    A 4-bit layer that is evaluated on a CPU with AVX512-BF16 is laid out for inference, for good, by an operator that
+    gives no gradient back: the adapters below it would stop to learn, and only a warning of torch's would tell.
+
+    Raises:
+        TrainingError: That has happened to the model already.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise TrainingError(
+                    "the quantized model has been used on the CPU, after which bitsandbytes lets no gradient through: "
+                    "load it anew, and score with it after its training"
+                )
+            module.support_avx512bf16_for_cpu = False
+
+
+def lora(config: LoRAConfig) -> Any:
+    """The ``peft.LoraConfig`` of a recipe; None if it trains all weights.
+
+    Raises:
+        TrainingError: PEFT is not installed.
+    """
+    if not config.r:
+        return None
+    return import_peft().LoraConfig(
+        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=config.target_modules
+    )
+
+
+def check_mergeable(model: Any) -> None:
+    """Check that a model has adapters that can be merged into it.
+
+    Raises:
+        TrainingError: The model has none, or its base is quantized.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        raise TrainingError("the model has no adapters to merge: save it with save_model()")
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise TrainingError(
+            "adapters are not merged into a quantized base: save them with save_model(), and then load them onto the "
+            "base as it was published, with Reranker.from_pretrained(folder).save_pretrained(another_folder)"
+        )
+
+
+def merge_adapters(model: Any, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """A copy of a model with its adapters merged into it: a plain model.
+
+    Args:
+        model: With adapters.
+        weights: All of its weights, where this process holds a part of them only.
+
+    Raises:
+        TrainingError: The model has no adapters, or its base is quantized.
+    """
+    check_mergeable(model)
+    if weights is None:
+        return copy.deepcopy(model).merge_and_unload()
+    base = model.get_base_model()
+    (first, config), *others = model.peft_config.items()
+    # One process draws the weights that are replaced, the others do not.
+    with torch.random.fork_rng(devices=[]), not_shared_out():
+        whole = import_peft().get_peft_model(type(base)(copy.deepcopy(base.config)), copy.deepcopy(config), first)
+        for name, config in others:
+            whole.add_adapter(name, copy.deepcopy(config))
+    whole.load_state_dict(weights, assign=True)
+    whole.get_base_model().tie_weights()
+    whole.set_adapter(model.active_adapter)
+    return whole.merge_and_unload(safe_merge=True)  # in place it would change weights that may be the model's own
+
+
+def load_merged(base: PreTrainedModel, path: str) -> PreTrainedModel:
+    """A base with the adapters of a folder or Hub id merged into it.
+
+    Raises:
+        TrainingError: PEFT is not installed.
+    """
+    merged: PreTrainedModel = import_peft().PeftModel.from_pretrained(base, path).merge_and_unload()
+    return merged
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules between the last layer and the score.
+
+    Those are what a classifier has besides its base model, and the base model's pooler if there is
+    one: base checkpoints often come without it.
+    """
+    names = [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+    return names + ["pooler"] * (getattr(model.base_model, "pooler", None) is not None)
+
+
+def import_peft() -> Any:
+    """The PEFT library.
+
+    Raises:
+        TrainingError: It is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise TrainingError("adapters need PEFT: pip install 'lce-trainer[peft]'") from None
+    return peft

@@ -1,0 +1,245 @@
+"""What each family of models computes of a packed row otherwise than its class does.
+
+The last layer computes only what the head reads: keys and values of all tokens, but queries, output
+projection and feed-forward of one token a pair. Where queries, keys and values are plain linear
+layers of the same states, one product makes all three. Both are exact, forward and backward.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
+
+from lce_trainer.model.packed.attention import Packing, attend
+from lce_trainer.model.packed.cpu import is_plain, linear
+from lce_trainer.model.yes_no import answer_scores, answers_of
+
+Patch = tuple[nn.Module, Callable[..., Any]]  # a module, and its forward for packed rows
+
+DECODERS = ("qwen3", "qwen2", "llama", "mistral")
+
+
+def _bert(model: PreTrainedModel, read_only: bool) -> Iterator[Patch]:
+    """BERT, RoBERTa, XLM-R, CamemBERT and ELECTRA."""
+    layers = model.base_model.encoder.layer
+    yield from ((layer.attention.self, _bert_attention) for layer in layers)
+    yield layers[-1], _bert_layer if read_only else _whole_layer
+
+
+def _distilbert(model: PreTrainedModel, read_only: bool) -> Iterator[Patch]:
+    layers = model.base_model.transformer.layer
+    yield from ((layer.attention, _distilbert_attention) for layer in layers)
+    yield layers[-1], _distilbert_layer if read_only else _whole_layer
+
+
+def _modernbert(model: PreTrainedModel, read_only: bool) -> Iterator[Patch]:
+    if model.config.classifier_pooling == "mean":
+        yield model, _modernbert_mean
+    else:
+        yield model.base_model.layers[-1], _modernbert_layer if read_only else _whole_layer
+
+
+def _decoder(model: PreTrainedModel, read_only: bool) -> Iterator[Patch]:
+    """Llama and those built like it."""
+    yield model.base_model.layers[-1], _decoder_layer if read_only else _whole_layer
+    yield model, _decoder_head if answers_of(model) is None else _decoder_answer
+
+
+FAMILIES: dict[str, Callable[[Any, bool], Iterator[Patch]]] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _bert),
+    "distilbert": _distilbert,
+    "modernbert": _modernbert,
+    **dict.fromkeys(DECODERS, _decoder),
+}
+
+
+def _whole_layer(layer: nn.Module, hidden_states: Tensor, *args: Any, packing: Packing, **kwargs: Any) -> Tensor:
+    """The last layer of any family, computed whole; what is read of it, shape ``(pairs, 1, width)``."""
+    out: Tensor = type(layer).forward(layer, hidden_states, *args, packing=packing, **kwargs)
+    return out[0, packing.read][:, None]
+
+
+def _project(states: Tensor, layers: Sequence[Any], size: int) -> Sequence[Tensor]:
+    """What linear layers make of all states, by heads, each of shape ``(tokens, heads, size)``."""
+    if is_plain(*layers):
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        return linear(states, weight, bias).view(len(states), len(layers), -1, size).unbind(1)
+    return [layer(states).unflatten(1, (-1, size)) for layer in layers]
+
+
+def _bert_attention(attention: Any, hidden_states: Tensor, *_: Any, packing: Packing, **__: Any) -> tuple[Tensor, None]:
+    layers = attention.query, attention.key, attention.value
+    query, key, value = _project(hidden_states.squeeze(0), layers, attention.attention_head_size)
+    dropout = attention.dropout.p if attention.training else 0.0
+    return attend(query, key, value, packing, dropout=dropout, scaling=attention.scaling).flatten(1)[None], None
+
+
+def _distilbert_attention(
+    attention: Any, hidden_states: Tensor, *_: Any, packing: Packing, **__: Any
+) -> tuple[Tensor, None]:
+    layers = attention.q_lin, attention.k_lin, attention.v_lin
+    query, key, value = _project(hidden_states.squeeze(0), layers, attention.attention_head_size)
+    dropout = attention.dropout.p if attention.training else 0.0
+    context = attend(query, key, value, packing, dropout=dropout, scaling=attention.scaling)
+    return attention.out_lin(context.flatten(1))[None], None
+
+
+def _bert_layer(layer: Any, hidden_states: Tensor, *_: Any, packing: Packing, **__: Any) -> Tensor:
+    attention = layer.attention.self
+    context, read = _read_attention(attention, attention.query, attention.key, attention.value, hidden_states, packing)
+    scored: Tensor = layer.feed_forward_chunk(layer.attention.output(context, read))
+    return scored[:, None]
+
+
+def _distilbert_layer(layer: Any, hidden_states: Tensor, *_: Any, packing: Packing, **__: Any) -> Tensor:
+    attention = layer.attention
+    context, read = _read_attention(
+        attention, attention.q_lin, attention.k_lin, attention.v_lin, hidden_states, packing
+    )
+    attended = layer.sa_layer_norm(attention.out_lin(context) + read)
+    scored: Tensor = layer.output_layer_norm(layer.ffn(attended) + attended)
+    return scored[:, None]
+
+
+def _read_attention(
+    attention: Any, query: Any, key: Any, value: Any, hidden_states: Tensor, packing: Packing
+) -> tuple[Tensor, Tensor]:
+    """Context of the tokens that are read, and their states, shape ``(pairs, width)``."""
+    tokens = hidden_states.squeeze(0)
+    read, size = tokens[packing.read], attention.attention_head_size
+    dropout = attention.dropout.p if attention.training else 0.0
+    q = query(read).view(len(read), -1, size)
+    if tokens.device.type == "cpu" and is_plain(key, value):
+        # As all attention on a CPU in float32 or wider: thin products gain nothing from half precision.
+        with torch.autocast("cpu", enabled=False):
+            wide = torch.promote_types(tokens.dtype, torch.float32)
+            context = _attend_to_states(q.to(wide), key, value, tokens.to(wide), packing, dropout, attention.scaling)
+        return context.flatten(1).to(q.dtype), read
+    k, v = _project(tokens, (key, value), size)
+    return attend(q, k, v, packing, dropout=dropout, scaling=attention.scaling).flatten(1), read
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_to_states(
+    query: Tensor, key: nn.Linear, value: nn.Linear, tokens: Tensor, packing: Packing, dropout: float, scaling: float
+) -> Tensor:
+    """Attention of one query a pair to its tokens, without a key or value being made of each.
+
+    A query's product with ``W x + b`` is that of ``query W`` with ``x``, and a constant; and a mean of
+    ``W x + b`` is ``W`` of the mean of ``x``, and ``b``. Exact but for the order of sums.
+
+    Args:
+        query: Shape ``(pairs, heads, size)``.
+        key: What would make keys of states.
+        value: What would make values of them.
+        tokens: States of all tokens, shape ``(tokens, width)``.
+        packing: Their layout.
+        dropout: Of attention weights.
+        scaling: Of the products.
+
+    Returns:
+        Context, shape ``(pairs, heads, size)``.
+    """
+    heads, size = query.shape[1:]
+    of_key, of_value = (layer.weight.to(query.dtype).view(heads, size, -1) for layer in (key, value))
+    asked = torch.einsum("phs,hsw->phw", query * scaling, of_key)
+    # Cancels in the softmax, but who waits for every parameter's gradient, as DDP does, waits for this one's.
+    constant = (query * scaling * key.bias.to(query.dtype).view(heads, size)).sum(-1, keepdim=True)
+    means, totals = [], []
+    counts, sizes = [pairs for pairs, _ in packing.calls], [pairs * length for pairs, length in packing.calls]
+    parts = torch.split(asked, counts), torch.split(constant, counts), torch.split(tokens, sizes)
+    for part, same, rows in zip(*parts, strict=True):
+        states = rows.view(len(part), -1, rows.shape[1])
+        weights = functional.dropout((part @ states.transpose(1, 2) + same).softmax(-1), dropout)
+        means.append(weights @ states)
+        totals.append(weights.sum(-1, keepdim=True))
+    return torch.einsum("phw,hsw->phs", torch.cat(means), of_value) + torch.cat(totals) * value.bias.to(
+        query.dtype
+    ).view(heads, size)
+
+
+def _modernbert_layer(
+    layer: Any, hidden_states: Tensor, *_: Any, packing: Packing, position_embeddings: tuple[Tensor, Tensor], **__: Any
+) -> Tensor:
+    attention = layer.attn
+    # One matrix makes queries, keys and values, so queries are made of all tokens.
+    states = attention.Wqkv(layer.attn_norm(hidden_states)).unflatten(-1, (3, -1, attention.head_dim))
+    query, key, value = states.unbind(2)
+    query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
+    context = attend(
+        query[0, packing.read],
+        key.squeeze(0),
+        value.squeeze(0),
+        packing,
+        dropout=attention.attention_dropout if layer.training else 0.0,
+        scaling=attention.head_dim**-0.5,
+        window=attention.sliding_window,
+    )
+    read = hidden_states[0, packing.read] + attention.out_drop(attention.Wo(context.flatten(1)))
+    scored: Tensor = read + layer.mlp(layer.mlp_norm(read))
+    return scored[:, None]
+
+
+def _modernbert_mean(model: Any, *args: Any, packing: Packing, **kwargs: Any) -> SequenceClassifierOutput:
+    """A ModernBERT whose head reads the mean over a pair's tokens."""
+    states = model.base_model(*args, packing=packing, **kwargs).last_hidden_state.squeeze(0)
+    lengths = packing.starts.diff()
+    pair = torch.repeat_interleave(lengths, output_size=len(states))
+    total = states.new_zeros((len(lengths), states.shape[1]), dtype=torch.promote_types(states.dtype, torch.float32))
+    mean = total.index_add(0, pair, states.to(total.dtype)) / lengths[:, None]
+    return SequenceClassifierOutput(logits=model.classifier(model.drop(model.head(mean.to(states.dtype)))))
+
+
+def _decoder_layer(
+    layer: Any, hidden_states: Tensor, *_: Any, packing: Packing, position_embeddings: tuple[Tensor, Tensor], **__: Any
+) -> Tensor:
+    attention = layer.self_attn
+    tokens = layer.input_layernorm(hidden_states).squeeze(0)
+    query, key, value = (
+        project(states).unflatten(1, (-1, attention.head_dim))
+        for project, states in (
+            (attention.q_proj, tokens[packing.read]),
+            (attention.k_proj, tokens),
+            (attention.v_proj, tokens),
+        )
+    )
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    cos, sin = (turn.squeeze(0)[:, None] for turn in position_embeddings)
+    context = attend(
+        _rotate(query, cos[packing.read], sin[packing.read]),
+        _rotate(key, cos, sin),
+        value,
+        packing,
+        causal=True,
+        dropout=attention.attention_dropout if layer.training else 0.0,
+        scaling=attention.scaling,
+        window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+    )
+    read = hidden_states[0, packing.read] + attention.o_proj(context.flatten(1))
+    scored: Tensor = read + layer.mlp(layer.post_attention_layernorm(read))
+    return scored[:, None]
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, of queries or keys alone; source: ``apply_rotary_pos_emb`` of transformers' Llama."""
+    left, right = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def _decoder_head(model: Any, *args: Any, packing: Packing, **kwargs: Any) -> SequenceClassifierOutput:
+    """A decoder with a classification head, which would look for one last token in a packed row."""
+    hidden = model.base_model(*args, packing=packing, **kwargs).last_hidden_state
+    return SequenceClassifierOutput(logits=model.score(hidden)[:, 0])
+
+
+def _decoder_answer(model: Any, *args: Any, packing: Packing, **kwargs: Any) -> SequenceClassifierOutput:
+    """A language model that answers yes or no."""
+    hidden = model.base_model(*args, packing=packing, **kwargs).last_hidden_state
+    return SequenceClassifierOutput(logits=answer_scores(model, hidden[:, 0])[:, None])

@@ -1,0 +1,176 @@
+"""Load what is trained and what scores: models, tokenizers, and what makes them fit together."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lce_trainer.distributed import not_shared_out
+from lce_trainer.errors import TrainingError
+from lce_trainer.model.adapters import load_merged
+from lce_trainer.model.crossencoder import apply_notes, noted_answers, read_json
+from lce_trainer.model.template import has_trained_head, is_decoder, settle_template
+from lce_trainer.model.yes_no import answer_ids, is_language_model, note_answers, settle_answers
+from lce_trainer.names import resolve_model
+
+logger = logging.getLogger(__name__)
+
+POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "xmod"}
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dropout: float | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    yes_no: bool | None = None,
+    trained: bool = False,
+) -> PreTrainedModel:
+    """A sequence classifier with one label, or a language model that answers yes or no.
+
+    Args:
+        name: Hub id, folder, or ``package:NAME/FOLDER``. A base gets a new head, from torch's RNG;
+            adapters are merged into theirs.
+        dropout: Set every dropout of the model to this; as configured if None.
+        dtype: Of the weights. Training wants float32, whatever the checkpoint holds.
+        yes_no: True: a language model scores by its answer; False: it gets a new head. None: as the
+            checkpoint says, see :mod:`lce_trainer.model.yes_no`.
+        trained: Refuse a base, which has no head to score with yet.
+
+    Raises:
+        TrainingError: There is no such model, its head has more than one label, or it is a base.
+        ConfigError: The package of a ``package:`` name is missing.
+    """
+    path = resolve_model(str(name))
+    if adapters := read_json(path, "adapter_config.json"):
+        answering = adapters["task_type"] == "CAUSAL_LM"
+        base = load_model(adapters["base_model_name_or_path"], dropout=dropout, dtype=dtype, yes_no=answering)
+        if answers := noted_answers(path):
+            note_answers(base.config, answers)
+        return load_merged(base, path)
+    config = load_config(name)
+    if has_trained_head(config) and config.num_labels != 1:
+        raise TrainingError(f"{name} classifies into {config.num_labels} labels; a reranker has one")
+    answers = _answers(config, path, yes_no)
+    kind = AutoModelForCausalLM if answers is not None else AutoModelForSequenceClassification
+    if trained and answers is None and not has_trained_head(config):
+        raise TrainingError(
+            f"{name} is {_kind(config)}, with no head to score with: train it first, or pass yes_no=True if it is a "
+            "language model that answers yes or no"
+        )
+    config.num_labels = 1
+    if dropout is not None:
+        for key, value in config.to_dict().items():
+            if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
+                setattr(config, key, dropout)
+    try:
+        with not_shared_out():
+            model: PreTrainedModel = kind.from_pretrained(path, config=config, dtype=dtype)
+        return model
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"no model at {str(name)!r}: {' '.join(str(error).split())}") from None
+
+
+def load_config(name: str | Path) -> PreTrainedConfig:
+    """The config of a model.
+
+    Raises:
+        TrainingError: There is no such model.
+        ConfigError: The package of a ``package:`` name is missing.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve_model(str(name)))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"no model at {str(name)!r}: {' '.join(str(error).split())}") from None
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a model; a missing pad token is the end-of-sequence token.
+
+    Raises:
+        TrainingError: There is no tokenizer of that name.
+    """
+    path = resolve_model(str(name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        apply_notes(tokenizer, path)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"no tokenizer at {str(name)!r}: {' '.join(str(error).split())}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def match_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell the model which token pads: a decoder's head reads the last one that does not."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None or is_decoder(model.config):
+        config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """See to it that the tokenizer makes pairs as the model reads them, and both pad with one token.
+
+    Raises:
+        TrainingError: They do not fit together.
+    """
+    _settle_pairs(model.config, tokenizer, is_language_model(model))
+    match_padding(model, tokenizer)
+
+
+def pairing_tokenizer(name: str | Path, yes_no: bool | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that would be trained, as training leaves it; no weights are loaded.
+
+    Raises:
+        TrainingError: There is no such model, or tokenizer and model do not fit together.
+        ConfigError: The package of a ``package:`` name is missing.
+    """
+    config, tokenizer = load_config(name), load_tokenizer(name)
+    _settle_pairs(config, tokenizer, _answers(config, resolve_model(str(name)), yes_no) is not None)
+    return tokenizer
+
+
+def longest_input(model: PreTrainedModel) -> int:
+    """Tokens the model has positions for."""
+    config: Any = model.config
+    positions = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+    # These families count positions from the one after the pad token's id.
+    return positions - (config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0)
+
+
+def _answers(config: PreTrainedConfig, path: str, yes_no: bool | None) -> tuple[int, ...] | None:
+    """The tokens that a checkpoint answers with, empty if they are not known yet; None if it has or gets a head."""
+    writes = any("ForCausalLM" in kind for kind in config.architectures or [])
+    if yes_no and not writes:
+        raise TrainingError(f"{path} is {_kind(config)}, which cannot answer yes or no")
+    if not writes or yes_no is False:
+        return None
+    answers = answer_ids(config) or noted_answers(path)
+    if answers is not None:
+        note_answers(config, answers)
+    elif yes_no is None and "rerank" in path.lower():
+        logger.warning(
+            "%s does not say that it answers yes or no, so it gets a new head; pass yes_no=True if it does", path
+        )
+    return answers or (() if yes_no else None)
+
+
+def _settle_pairs(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, answers: bool) -> None:
+    if answers:
+        settle_answers(tokenizer, config)
+    else:
+        settle_template(tokenizer, config)
+
+
+def _kind(config: PreTrainedConfig) -> str:
+    return " ".join(config.architectures or [config.model_type])

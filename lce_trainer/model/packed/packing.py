@@ -1,0 +1,270 @@
+"""Cross-encoders without padding: all pairs of a batch in one row, and a last layer that computes only what is read.
+
+A packed row holds the pairs one after the other. Linear layers and norms see no padding at all, and
+attention runs within each pair; see :mod:`lce_trainer.model.packed.attention`. The classification head of an
+encoder reads one token a pair, so its last layer needs keys and values of all tokens, but queries,
+output projection and feed-forward of that token alone. Both are exact, forward and backward.
+
+The model stays the stock one: an attention function is registered with ``transformers``, and the
+last layer's ``forward`` is replaced on the instance. Called without a packing, it does what it
+always did.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from lce_trainer.model.families import DECODERS, FAMILIES
+from lce_trainer.model.loading import POSITIONS_AFTER_PADDING, longest_input
+from lce_trainer.model.packed.attention import Packing, make_packing, packed_attention, places_in_pairs
+from lce_trainer.model.packed.cpu import Replacement, speed_up
+from lce_trainer.model.pairs import length_buckets
+from lce_trainer.model.yes_no import answers_of, pair_logits
+
+logger = logging.getLogger(__name__)
+
+PACKED_ATTENTION = "lce_packed"
+
+
+def enable_packing(model: PreTrainedModel, read_only: bool = True) -> bool:
+    """Make a model take packed rows besides what it always took.
+
+    Args:
+        model: A reranker, not yet wrapped for training.
+        read_only: Compute of the last layer only what the head reads; False computes it whole.
+
+    Returns:
+        Whether it can, checked by a comparison of packed and padded scores; the reason why not is
+        logged once.
+    """
+    model = _without_adapters(model)
+    kind = model.config.model_type
+    if kind not in FAMILIES or not (_classifies(model) or (kind in DECODERS and answers_of(model))):
+        logger.info("%s cannot be packed: padding", type(model).__name__)
+        return False
+    if getattr(model.config, "is_decoder", False) and kind not in DECODERS:
+        logger.info("a %s model with is_decoder cannot be packed: padding", kind)
+        return False
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+    model._attention_when_padded = model.config._attn_implementation
+    model.set_attn_implementation(PACKED_ATTENTION)
+    speed_up(model)
+    for module, packed in FAMILIES[kind](model, read_only):
+        module.forward = _Packed(module, packed)
+    problem = _self_test(model)
+    if problem:
+        disable_packing(model)
+        logger.warning("this %s model cannot be packed, %s: padding", kind, problem)
+    return not problem
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether :func:`enable_packing` has made this model take packed rows."""
+    model = _without_adapters(model)
+    by_config = model.config._attn_implementation == PACKED_ATTENTION
+    # A config can be shared with a model that was never enabled.
+    return by_config and any(isinstance(module.__dict__.get("forward"), _Packed) for module in model.modules())
+
+
+def disable_packing(model: PreTrainedModel) -> None:
+    """Undo :func:`enable_packing`, if it was done."""
+    model = _without_adapters(model)
+    if not packs(model):
+        return
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), Replacement):
+            del module.forward
+    model.set_attn_implementation(model._attention_when_padded)
+
+
+class _Packed(Replacement):
+    """A module's forward for packed rows; without a packing, its class's own."""
+
+    def __init__(self, module: nn.Module, packed: Callable[..., Any]) -> None:
+        super().__init__(module)
+        self.packed = packed
+
+    def __call__(self, *args: Any, packing: Packing | None = None, **kwargs: Any) -> Any:
+        if packing is None:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return self.packed(self.module, *args, packing=packing, **kwargs)
+
+
+def _without_adapters(model: PreTrainedModel) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _classifies(model: PreTrainedModel) -> bool:
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def packed_scores(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    lengths: np.ndarray | Sequence[int],
+    config: PreTrainedConfig,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Logit of each pair of a padded batch, by one packed forward pass.
+
+    Args:
+        model: That :func:`enable_packing` has seen; it may be wrapped for training since.
+        tensors: ``input_ids`` and whatever else the model takes of that shape, ``(pairs, width)``,
+            padded on the right.
+        lengths: Tokens of each pair.
+        config: The model's.
+        device: Where the model is; where the tensors are if None.
+
+    Returns:
+        Shape ``(pairs,)``.
+    """
+    device = tensors["input_ids"].device if device is None else device
+    filler = _filler(int(np.sum(lengths)), tensors["input_ids"].shape[1])
+    packed, order = pack_pairs(tensors, np.append(lengths, filler) if filler else lengths, config, device)
+    back = torch.as_tensor(np.argsort(order)[: len(lengths)]).to(device, non_blocking=True)
+    logits: Tensor = model(**packed).logits[:, 0]
+    return logits[back]
+
+
+def batch_scores(
+    model: nn.Module, tensors: Mapping[str, Tensor], unwrapped: PreTrainedModel, device: torch.device
+) -> Tensor:
+    """Logit of each pair of a padded batch, packed if the model can.
+
+    Args:
+        model: The reranker; it may be wrapped for training.
+        tensors: Its inputs, ``attention_mask`` among them, on the host, where packing waits for no device.
+        unwrapped: The reranker itself.
+        device: Its.
+
+    Returns:
+        Shape ``(pairs,)``.
+    """
+    if packs(unwrapped):
+        lengths = tensors["attention_mask"].numpy().sum(axis=1)
+        return packed_scores(model, tensors, lengths, unwrapped.config, device)
+    return pair_logits(model, send_to_device(tensors, device), unwrapped)
+
+
+def padded_scores(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    lengths: np.ndarray | Sequence[int],
+    unwrapped: PreTrainedModel,
+    overhead: int,
+    multiple: int,
+) -> tuple[Tensor, int]:
+    """Logit of each pair, by padded forward passes over pairs alike in length.
+
+    Args:
+        model: Any reranker; it may be wrapped for training.
+        tensors: Its inputs, shape ``(pairs, width)``, padded on the right.
+        lengths: Tokens of each pair.
+        unwrapped: The reranker itself.
+        overhead: Tokens of padding that are worth one more pass.
+        multiple: Round padded lengths up to a multiple of this.
+
+    Returns:
+        Shape ``(pairs,)``; and the tokens of the passes, padding included.
+    """
+    width, device = tensors["input_ids"].shape[1], tensors["input_ids"].device
+    sizes = np.asarray(lengths)
+    buckets = length_buckets(sizes, overhead)
+    logits, padded = [], 0
+    for rows in buckets:
+        long = min(-(-int(sizes[rows].max()) // multiple) * multiple, width)
+        chosen = torch.as_tensor(rows, device=device)
+        logits.append(pair_logits(model, {name: tensor[chosen, :long] for name, tensor in tensors.items()}, unwrapped))
+        padded += len(rows) * long
+    back = torch.as_tensor(np.argsort(np.concatenate(buckets)), device=device)
+    return torch.cat(logits)[back], padded
+
+
+def pack_pairs(
+    tensors: Mapping[str, Tensor],
+    lengths: np.ndarray | Sequence[int],
+    config: PreTrainedConfig,
+    device: torch.device,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """A padded batch as one packed row.
+
+    Args:
+        tensors: ``input_ids`` and whatever else the model takes of that shape, ``(pairs, width)``,
+            padded on the right.
+        lengths: Tokens of each pair; one more than there are pairs takes the first pair's tokens once more.
+        config: Of the model.
+        device: Where the row is to be.
+
+    Returns:
+        The model's inputs, each of shape ``(1, tokens)``, with the ``packing``; and the order of
+        the pairs in them: its logits are those of ``lengths[order]``.
+    """
+    sizes = np.asarray(lengths)
+    order = np.argsort(sizes, kind="stable")
+    packing = make_packing(sizes[order], device, reads_last=config.model_type in DECODERS)
+    position = places_in_pairs(sizes[order])
+    held, width = tensors["input_ids"].device, tensors["input_ids"].shape[1]
+    rows = np.arange(len(sizes)) % len(tensors["input_ids"])
+    places = position + np.repeat(rows[order] * width, sizes[order])
+    there = None if held.type == "cpu" else torch.as_tensor(places).to(held, non_blocking=True)
+    inputs: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if name != "attention_mask":
+            flat = tensor.reshape(-1)
+            # For so few numbers torch would wake all cores, which takes longer.
+            row = torch.from_numpy(flat.numpy()[places]) if there is None else flat[there]
+            inputs[name] = row[None].to(device, non_blocking=True)
+    first = config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
+    inputs["position_ids"] = torch.as_tensor(position + first)[None].to(device, non_blocking=True)
+    # A mask of four dimensions is taken for a finished one, so none of tokens x tokens is made.
+    inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+    if config.model_type in DECODERS:
+        inputs["use_cache"] = False
+    return {**inputs, "packing": packing}, order
+
+
+def _filler(tokens: int, longest: int) -> int:
+    """Tokens of one more pair, whose logit nobody reads, that make row lengths repeat; 0 if none is needed.
+
+    On a CPU oneDNN's and PyTorch's caches keep what they compiled for each of the last 1024 shapes, and glibc's heap
+    is torn by buffers of ever new sizes, so memory grows with every new row length: 1.8 GB instead of 1.2 GB after
+    150 steps. On a GPU the product of a new shape waits until a kernel is chosen for it. Rows of 1024 tokens and more
+    get 32 lengths an octave, 1.6 % of tokens on average.
+    """
+    return 0 if tokens < 1024 else -tokens % (1 << min(tokens.bit_length() - 6, longest.bit_length() - 1))
+
+
+@torch.no_grad()
+def _self_test(model: PreTrainedModel) -> str | None:
+    """What is wrong with the packed scores of made-up pairs, if anything."""
+    config = model.config
+    longest = min(140, longest_input(model) or 140)  # more tokens than a window has
+    lengths = [3, 9, 9, longest]
+    real = np.arange(longest) < np.array(lengths)[:, None]
+    pad = config.pad_token_id or 0
+    words = np.random.default_rng(0).choice(np.delete(np.arange(config.vocab_size), pad), real.shape)
+    inputs = {
+        "input_ids": torch.as_tensor(np.where(real, words, pad)),
+        "attention_mask": torch.as_tensor(real.astype(np.int64)),
+    }
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        padded = pair_logits(model, send_to_device(inputs, model.device), model)
+        packed = packed_scores(model, inputs, lengths, config, model.device)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        return f"the packed forward failed ({' '.join(str(error).split())})"
+    finally:
+        for module in training:
+            module.training = True
+    difference, size = float((packed - padded).abs().max()), float(padded.abs().max())
+    allowed = 1e-5 + 1e-3 * size if model.dtype.itemsize >= 4 else 0.02 + 0.05 * size
+    return None if difference <= allowed else f"its scores would differ by {difference:.1e}"

@@ -1,0 +1,153 @@
+"""A trained reranker: load it, score pairs, rank passages."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lce_trainer.errors import TrainingError
+from lce_trainer.hardware import best_device
+from lce_trainer.model.loading import load_model, load_tokenizer, longest_input, settle
+from lce_trainer.model.packed.packing import batch_scores, disable_packing, enable_packing
+from lce_trainer.model.saving import save_reranker
+from lce_trainer.model.scoring import score_pairs, tokens_at_once
+
+
+@dataclass(frozen=True)
+class RankedPassage:
+    """A passage in its place.
+
+    Attributes:
+        index: Among the passages that were ranked.
+        score: Raw logit.
+        passage: Its text.
+    """
+
+    index: int
+    score: float
+    passage: str
+
+
+class Reranker:
+    """A cross-encoder with one label, ready to score.
+
+    The scores are raw logits, those of ``AutoModelForSequenceClassification`` and of
+    ``sentence_transformers.CrossEncoder`` on the same checkpoint.
+
+    Example::
+
+        reranker = Reranker.from_pretrained("out")
+        reranker.rank("what is a moon", ["A moon is ...", "Rivers flow ..."], top_k=1)
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None = None,
+        packing: Literal["auto", "none"] = "auto",
+    ) -> None:
+        """Wrap a loaded model; see :meth:`from_pretrained`."""
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        settle(model, tokenizer)
+        limit = longest_input(model)
+        self.max_length = max_length or min(tokenizer.model_max_length, limit)
+        if self.max_length > limit:
+            raise TrainingError(f"max_length={self.max_length}, but the model reads {limit} tokens at most")
+        if packing == "auto":
+            enable_packing(self.model)
+        else:
+            disable_packing(self.model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        max_length: int | None = None,
+        yes_no: bool | None = None,
+        packing: Literal["auto", "none"] = "auto",
+    ) -> "Reranker":
+        """Load a reranker.
+
+        Args:
+            name: Hub id, folder, or ``package:NAME/FOLDER``.
+            device: An accelerator if there is one, else the CPU.
+            dtype: Of the weights; as saved if None.
+            max_length: Tokens of a pair at most; what the checkpoint was trained with if None.
+            yes_no: Score by a language model's answer, see :mod:`lce_trainer.model.yes_no`; if None, that
+                of a checkpoint which says so.
+            packing: With auto pairs are scored without padding where the model's family can be, and
+                with none padded.
+
+        Raises:
+            TrainingError: There is no such model, or it is not a reranker with one label.
+            ConfigError: The package of a ``package:`` name is missing.
+        """
+        model = load_model(name, dtype=dtype or "auto", yes_no=yes_no, trained=True)
+        if device is None:
+            device = best_device()
+        return cls(model.to(device), load_tokenizer(name), max_length=max_length, packing=packing)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a plain checkpoint; adapters that were loaded are part of it."""
+        save_reranker(self.model, self.tokenizer, self.max_length, Path(folder))
+
+    def score(
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+        accelerator: Accelerator | None = None,
+    ) -> np.ndarray:
+        """Score queries with passages.
+
+        Pairs are read, tokenized and scored in windows of 16,384, of which only the scores are kept: millions of
+        them may come from a generator. Equal pairs of a window get the very same score.
+
+        Args:
+            pairs: Query and passage of each.
+            batch_tokens: Tokens, padding included, in one forward pass at most. None: as many as are fast, 4096 on a
+                CPU and 65536 on an accelerator.
+            progress: Show a bar.
+            accelerator: Share the pairs among the processes that ``accelerate launch`` started. Every process must
+                call, with the same pairs in the same order, and gets all scores. If None, this process scores all.
+
+        Returns:
+            Raw logits, float32, shape ``(pairs,)``; higher is more relevant.
+
+        Raises:
+            TrainingError: Something is not a pair of strings, ``batch_tokens`` is less than 1, or processes that
+                share the pairs were given different ones.
+        """
+        return score_pairs(
+            lambda batch: batch_scores(self.model, batch, self.model, self.model.device),
+            self.tokenizer,
+            pairs,
+            self.max_length,
+            tokens_at_once(batch_tokens, self.model.device),
+            accelerator,
+            disable=not (progress and (accelerator is None or accelerator.is_local_main_process)),
+        )
+
+    def rank(self, query: str, passages: Sequence[str], top_k: int | None = None) -> list[RankedPassage]:
+        """Passages from the most relevant down; equal scores keep their order.
+
+        Args:
+            query: What was asked.
+            passages: Candidates.
+            top_k: Return so many; all if None.
+        """
+        scores = self.score([(query, passage) for passage in passages])
+        order = np.argsort(-scores, kind="stable")[:top_k]
+        return [RankedPassage(int(i), float(scores[i]), passages[i]) for i in order]

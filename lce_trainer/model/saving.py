@@ -1,0 +1,44 @@
+"""Checkpoints that every loader scores alike."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lce_trainer.model.crossencoder import RAW_SCORES, write_notes
+from lce_trainer.model.yes_no import answers_of
+
+
+def save_reranker(model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path) -> None:
+    """Write a model, or its adapters, with its tokenizer.
+
+    Args:
+        model: The reranker, not wrapped for training.
+        tokenizer: Its own.
+        max_length: Tokens of a pair that it reads at most.
+        folder: Made if it is missing.
+    """
+    note_format(model, tokenizer, max_length)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    add_notes(model, tokenizer, folder)
+
+
+def note_format(model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Write into config and tokenizer, before they are saved, how pairs are read and scored."""
+    answers = answers_of(model)
+    model.config.sentence_transformers = {**RAW_SCORES, **({"answer_ids": list(answers)} if answers else {})}
+    tokenizer.model_max_length = max_length
+    # Padding may shift the positions that a decoder counts; and only what is in init_kwargs is saved.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right" if answers is None else "left"
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        # How the last batch was cut and padded would be saved with it, and bind who reads that file alone.
+        backend.no_truncation()
+        backend.no_padding()
+
+
+def add_notes(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write beside a saved model what ``CrossEncoder`` cannot tell from its config."""
+    answers = answers_of(model)
+    if answers is not None or hasattr(model, "peft_config"):
+        write_notes(folder, answers, tokenizer)

@@ -1,0 +1,243 @@
+"""What a decoder reads of a query and a passage: a template that the tokenizer keeps.
+
+An encoder's tokenizer parts the two texts by its own separators. A decoder's puts nothing between
+them, so they go through a chat template with the roles ``query`` and ``document`` (and ``system``,
+for another instruction). It lies in the checkpoint as ``chat_template.jinja``, survives saving and
+pushing, and is what ``sentence_transformers.CrossEncoder`` renders pairs with, from its release 5.4
+on. Whatever tokenizer has such a template, its pairs go through it, in training and after.
+
+Pairs are tokenized as one text, as :class:`CrossEncoder` does, so that words join where the texts
+meet; what does not fit is taken from the passage, and never from the query or the template.
+"""
+
+import importlib.resources
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto
+
+from lce_trainer.errors import TrainingError
+from lce_trainer.model.ragged import Encoded
+
+logger = logging.getLogger(__name__)
+
+_JOINTS = 2  # tokens that a pair may have beyond those of its texts and its template, where these meet
+
+
+@dataclass(frozen=True)
+class PairTemplate:
+    """A chat template, taken apart.
+
+    Attributes:
+        head: Text before the query.
+        middle: Between query and passage.
+        tail: After the passage; the score is read at its last token.
+        strips: Whether the texts lose the white space around them.
+        structured: Whether the messages are lists of typed parts.
+        tail_ids: Tokens that a pair ends with, whatever it holds.
+        overhead: Tokens of a pair without query and passage, at most.
+    """
+
+    head: str
+    middle: str
+    tail: str
+    strips: bool
+    structured: bool
+    tail_ids: tuple[int, ...] = ()
+    overhead: int = 0
+
+    def render(self, query: str, passage: str) -> str:
+        """The text of a pair."""
+        if self.strips:
+            query, passage = query.strip(), passage.strip()
+        return f"{self.head}{query}{self.middle}{passage}{self.tail}"
+
+
+def pair_template(tokenizer: PreTrainedTokenizerBase) -> PairTemplate | None:
+    """The template that a tokenizer's pairs go through; None if it joins pairs by its own separators.
+
+    Raises:
+        TrainingError: Its chat template loses the query or the passage, or puts the passage first.
+    """
+    return None if tokenizer.chat_template is None else _taken_apart(tokenizer, str(tokenizer.chat_template))
+
+
+def pair_overhead(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of a pair besides its query and passage, at most."""
+    template = pair_template(tokenizer)
+    return template.overhead if template else int(tokenizer.num_special_tokens_to_add(pair=True))
+
+
+def settle_template(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """See to it that the tokenizer makes pairs which the model can read.
+
+    A decoder without a trained head gets ``pair_template.jinja``, unless its chat template is
+    written for pairs, with the roles ``query`` and ``document``. A decoder that is a reranker
+    keeps what it was trained with. An encoder keeps its separators.
+
+    Args:
+        tokenizer: Its ``chat_template`` may be set.
+        config: The model's.
+
+    Raises:
+        TrainingError: The model is a trained reranker whose chat template does not hold a pair.
+    """
+    if is_for_pairs(tokenizer):
+        pair_template(tokenizer)
+    elif not is_decoder(config):
+        tokenizer.chat_template = None  # for chats; a tokenizer that has one would put every pair through it
+    elif not has_trained_head(config):
+        begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + _default_template()
+        logger.info("pairs go through pair_template.jinja, which is saved with the model")
+    elif tokenizer.chat_template is not None:
+        pair_template(tokenizer)
+    else:
+        logger.warning(
+            "this decoder's tokenizer has no template for pairs, so query and passage are joined with nothing between "
+            "them; set tokenizer.chat_template to what the model was trained with"
+        )
+
+
+def is_for_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template names the roles ``query`` and ``document``."""
+    named = re.findall(r"""["'](query|document)["']""", str(tokenizer.chat_template or ""))
+    return set(named) == {"query", "document"}
+
+
+def is_decoder(config: PreTrainedConfig) -> bool:
+    """Whether a model's family are language models that read from left to right."""
+    kind = config.model_type
+    return (
+        kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
+
+
+def has_trained_head(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint of this config holds a classification head."""
+    return any("ForSequenceClassification" in kind for kind in config.architectures or [])
+
+
+def encode_by_template(
+    tokenizer: PreTrainedTokenizerBase,
+    template: PairTemplate,
+    pairs: Sequence[tuple[str, str]],
+    max_length: int,
+    max_query_length: int | None = None,
+) -> tuple[Encoded, int]:
+    """Token ids of pairs that go through a template.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        template: Its own.
+        pairs: Query and passage of each.
+        max_length: Tokens of a pair at most, the template's among them. The passage is cut.
+        max_query_length: Tokens of a query at most. If None a query is cut only where the pair is too
+            long and the query is the longer half of it, as ``truncation="longest_first"`` does.
+
+    Returns:
+        The pairs, and how many of them were cut.
+
+    Raises:
+        TrainingError: The template alone takes ``max_length`` tokens.
+    """
+    if max_length <= template.overhead:
+        raise TrainingError(
+            f"max_length is {max_length}, but the template of pairs takes {template.overhead} tokens: raise it"
+        )
+    backend = plain_backend(tokenizer)
+    places = {query: place for place, query in enumerate(dict.fromkeys(query for query, _ in pairs))}
+    queries = backend.encode_batch(list(places), add_special_tokens=False)
+
+    def encode(rows: Sequence[int], limits: Sequence[int]) -> list[Any]:
+        texts = []
+        for row, limit in zip(rows, limits, strict=True):
+            query, passage = pairs[row]
+            tokens = queries[places[query]]
+            texts.append(
+                template.render(query[: tokens.offsets[limit - 1][1]] if len(tokens) > limit else query, passage)
+            )
+        return list(backend.encode_batch(texts, add_special_tokens=False))
+
+    sizes = [len(queries[places[query]]) for query, _ in pairs]
+    limit = max_length if max_query_length is None else max_query_length
+    encodings = encode(range(len(pairs)), [limit] * len(pairs))
+    was_cut = [size > limit or len(encoding) > max_length for size, encoding in zip(sizes, encodings, strict=True)]
+    if max_query_length is None:
+        room = max_length - template.overhead
+        rows = [i for i, encoding in enumerate(encodings) if len(encoding) > max_length and sizes[i] > room // 2]
+        # What the passage leaves over is the query's.
+        around = template.overhead - _JOINTS
+        limits = [max(room // 2, room - (len(encodings[i]) - around - min(sizes[i], limit))) for i in rows]
+        for row, encoding in zip(rows, encode(rows, limits), strict=True):
+            encodings[row] = encoding
+    tail = list(template.tail_ids)
+    ids = [encoding.ids for encoding in encodings]
+    ids = [row if len(row) < max_length else row[: max_length - len(tail)] + tail for row in ids]
+    encoded = Encoded.of({"input_ids": ids})
+    if "token_type_ids" in tokenizer.model_input_names:
+        encoded.inputs["token_type_ids"] = np.zeros_like(encoded.inputs["input_ids"])
+    return encoded, sum(was_cut)
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The tokenizer's own engine, which cuts and pads nothing."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _default_template() -> str:
+    source = importlib.resources.files("lce_trainer.model").joinpath("pair_template.jinja").read_text(encoding="utf-8")
+    return source.removesuffix("\n")
+
+
+@lru_cache(maxsize=16)
+def _taken_apart(tokenizer: PreTrainedTokenizerBase, source: str) -> PairTemplate:
+    """A tokenizer's chat template; ``source``, its text, makes the cache notice another one."""
+    query, passage = "queryqzx", "passageqzx"
+    for structured in (False, True):
+        head, _, rest = _rendered(tokenizer, query, passage, structured).partition(query)
+        middle, found, tail = rest.partition(passage)
+        for strips in (False, True):
+            template = PairTemplate(head, middle, tail, strips, structured)
+            probe = ("  two words ", "\n a passage\n")
+            if found and template.render(*probe) == _rendered(tokenizer, *probe, structured):
+                return _measured(tokenizer, template)
+    raise TrainingError(
+        "the tokenizer's chat template does not hold a query and then a document, each as it is, from messages of "
+        f"these roles: {source[:200]!r}; set tokenizer.chat_template to one that does, like "
+        "lce_trainer/model/pair_template.jinja"
+    )
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, query: str, passage: str, structured: bool) -> str:
+    texts = {"query": query, "document": passage}
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": text}] if structured else text}
+        for role, text in texts.items()
+    ]
+    # A template can fail in any way its expressions can; one that fails holds no pair.
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:
+        logger.debug("the chat template failed: %s", error)
+        return ""
+
+
+def _measured(tokenizer: PreTrainedTokenizerBase, template: PairTemplate) -> PairTemplate:
+    """The template with its tokens, found as sentence-transformers finds them: by what two renderings share."""
+    backend = plain_backend(tokenizer)
+    texts = [template.render(text, text) for text in ("0", "1 2 3 4", "")]
+    one, other, empty = (encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False))
+    shared = next((i for i, (a, b) in enumerate(zip(one[::-1], other[::-1], strict=False)) if a != b), 0)
+    overhead = max(len(empty), len(one) - 2) + _JOINTS
+    return replace(template, tail_ids=tuple(one[len(one) - shared :]), overhead=overhead)

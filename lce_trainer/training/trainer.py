@@ -1,0 +1,400 @@
+"""LCETrainer: ``transformers.Trainer`` that learns to rank from groups."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl, set_seed
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from lce_trainer.distributed import pass_overhead, shard_by_layer
+from lce_trainer.errors import TrainingError
+from lce_trainer.evaluation.metrics import mean_over_sets
+from lce_trainer.model.adapters import add_adapters, keep_trainable
+from lce_trainer.model.loading import load_model, load_tokenizer, settle
+from lce_trainer.model.packed.packing import disable_packing, enable_packing, packed_scores, packs, padded_scores
+from lce_trainer.model.saving import add_notes, note_format
+from lce_trainer.training import saving
+from lce_trainer.training.arguments import LCETrainingArguments, show_messages
+from lce_trainer.training.checkpoints import checkpoint_to_resume, final_state, save_at_step_ends, sealed_checkpoint
+from lce_trainer.training.checks import (
+    EvalDataset,
+    by_name,
+    check_eval,
+    check_finite,
+    check_model,
+    check_use,
+    usable_groups,
+)
+from lce_trainer.training.collator import Batch, GroupCollator, group_collator
+from lce_trainer.training.evaluate import measure_groups, one_evaluation, settle_early_stopping
+from lce_trainer.training.forecast import TellForecast
+from lce_trainer.training.loss import group_losses
+from lce_trainer.training.monitor import LearningWatch, Tally, curves
+from lce_trainer.training.sampling import EpochCount, GroupSampler, group_sampler
+from lce_trainer.training.step import cut_step, gather_scores, run_step
+from lce_trainer.training.streaming import StreamWatch, is_stream, training_rows
+
+
+class LCETrainer(Trainer):  # type: ignore[misc]
+    """Fine-tune a cross-encoder on groups with the LCE loss.
+
+    The loss of a step is the mean over all its groups, wherever they were run: however a step is
+    cut into accumulated batches, ranks, micro-batches and forward passes, the gradient is the same.
+
+    Example::
+
+        trainer = LCETrainer(
+            model="answerdotai/ModernBERT-base",
+            args=LCETrainingArguments("out", num_train_epochs=1),
+            train_dataset=load_groups("me/my-groups"),
+        )
+        trainer.train()
+        trainer.save_model()
+    """
+
+    # compute_loss divides by the groups of the whole step itself; see also model_accepts_loss_kwargs below.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | None = None,
+        args: LCETrainingArguments | None = None,
+        data_collator: GroupCollator | None = None,
+        train_dataset: datasets.Dataset | datasets.IterableDataset | None = None,
+        eval_dataset: EvalDataset = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check everything that can be checked before the first step.
+
+        Args:
+            model: A model with one label, a language model that answers yes or no, or the name of one
+                (Hub id, folder, ``package:``); a base gets a new head, drawn from ``args.seed``.
+            args: The settings.
+            data_collator: Built from ``args`` if None; must agree with them otherwise.
+            train_dataset: Groups; those that teach nothing are dropped and counted. A stream of them
+                needs ``max_steps``, and is read in its order; see :mod:`lce_trainer.training.streaming`.
+            eval_dataset: Groups, or several sets by name. Every passage of a group is ranked.
+            processing_class: The tokenizer; the model's own if the model is given by name.
+            peft_config: A ``peft.LoraConfig`` or its like, to train adapters; see :mod:`lce_trainer.model.adapters`.
+            **kwargs: As ``transformers.Trainer`` takes them; what would have no effect is refused.
+
+        Raises:
+            TrainingError: Model, tokenizer and settings do not fit together, or no group is usable.
+            ConfigError: A setting would be ignored.
+            GroupsError: A dataset does not hold groups.
+        """
+        args = args or LCETrainingArguments("trainer_output")
+        show_messages(args)
+        processing_class = check_use(args, data_collator, processing_class, kwargs)
+        model, processing_class = prepare(model, processing_class, args, peft_config)
+        self.counts: dict[str, int] = {}
+        if train_dataset is not None:
+            train_dataset, self.counts = usable_groups(train_dataset, args)
+        for name, groups in by_name(eval_dataset).items():
+            check_eval(groups, name, train_dataset)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or group_collator(processing_class, args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # what says so before transformers 5.19
+        save_at_step_ends(self.callback_handler.callbacks)
+        check_model(self.accelerator.unwrap_model(self.model), processing_class, args)
+        self.tally = Tally()
+        self.watch = LearningWatch(lambda: self.tally.take(self.accelerator))
+        self.epochs = EpochCount()
+        self.stream_watch = StreamWatch()
+        for callback in (self.watch, self.epochs, TellForecast(self), self.stream_watch):
+            self.add_callback(callback)
+        if args.packing == "auto":
+            enable_packing(self.model)
+        else:
+            disable_packing(self.model)  # that of an earlier trainer or Reranker
+        compiled = self.accelerator.state.dynamo_plugin
+        if compiled.dynamic is None:
+            compiled.dynamic = True  # no two steps are of one shape
+        self._bucket_overhead = pass_overhead(self.accelerator, args.bucket_overhead)
+        shard_by_layer(self.accelerator, self.model)
+
+    # ---- data
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """Batches of groups, each row carrying its epoch; see :mod:`lce_trainer.training.sampling`."""
+        if self.train_dataset is None:
+            raise TrainingError("training needs a train_dataset of groups")
+        loader: DataLoader[Batch] = self._get_dataloader(
+            dataset=training_rows(
+                self.train_dataset,
+                self.processing_class,
+                self._train_batch_size,
+                self.args,
+                by_name(self.eval_dataset).values(),
+            ),
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+        return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
+        return group_sampler(len(self.train_dataset), self._train_batch_size, self.args, lambda: self.epochs.now)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Carries the groups to :meth:`evaluation_loop`, which makes its own batches of pairs."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        groups = self.eval_dataset if eval_dataset is None else eval_dataset
+        if groups is None:
+            raise TrainingError("evaluation needs an eval_dataset of groups")
+        return DataLoader(groups, batch_size=self.args.eval_batch_size, collate_fn=list)
+
+    def get_test_dataloader(self, test_dataset: datasets.Dataset) -> DataLoader[Any]:
+        """As :meth:`get_eval_dataloader`."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device, and no more: for DeepSpeed transformers would round labels and teacher to half precision."""
+        return send_to_device(data, self.args.device)
+
+    # ---- loss
+
+    @property
+    def _share(self) -> tuple[int, int]:
+        """Which one of how many ranks this is that share the pairs of each group."""
+        return (self.args.process_index, self.args.world_size) if self.args.split_groups else (0, 1)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        """Groups in the whole optimizer step, over accumulated batches and ranks."""
+        if is_stream(self.train_dataset):
+            self.counts = self.stream_watch.see(batch_samples, self.accelerator)
+        groups = sum(len(batch["group_sizes"]) for batch in batch_samples)
+        total: Tensor = self.accelerator.reduce(torch.tensor(float(groups), device=device), reduction="sum")
+        return total / self._share[1]
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward, cut as ``micro_batch_size`` and ``split_groups`` ask for.
+
+        See :mod:`lce_trainer.training.step`.
+        """
+        self.tally.start()
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        model.train()
+        step = super().training_step
+        loss = run_step(
+            self.accelerator,
+            model,
+            cut_step(
+                self._prepare_inputs(inputs), self.args.micro_batch_size, *self._share, self.args.micro_batch_tokens
+            ),
+            score=lambda chunk: self._scores(model, chunk),
+            loss_of=lambda scores, part: self._loss(scores, part, num_items_in_batch)[0],
+            backward=lambda chunk: step(model, chunk, num_items_in_batch),
+        )
+        return loss / self._share[1]  # those that share groups have all computed the whole loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """This batch's share of the step's loss: its groups' losses, over the groups of the step.
+
+        Args:
+            model: As wrapped for training.
+            inputs: What :class:`GroupCollator` made, or a chunk of it.
+            return_outputs: Also return the scores, shape ``(groups, width)``.
+            num_items_in_batch: Groups of the step; those of this batch on all ranks if None.
+
+        Raises:
+            TrainingError: A loss is NaN or Inf; names the queries.
+        """
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        scores = self._scores(model, inputs)
+        if "score_gradient" in inputs:  # the loss is known, and this is what it leaves to do
+            surrogate: Tensor = (scores * inputs["score_gradient"]).sum()
+            return surrogate
+        if not inputs["group_sizes"]:  # a batch that only keeps this rank in step with the others
+            loss = scores.sum() * 0
+            return (loss, scores) if return_outputs else loss
+        loss, grid = self._loss(scores, inputs, num_items_in_batch)
+        return (loss, grid) if return_outputs else loss
+
+    def _loss(self, scores: Tensor, inputs: Batch, num_items_in_batch: Tensor | int) -> tuple[Tensor, Tensor]:
+        """What the pairs' scores cost, and the scores by group, shape ``(groups, width)``."""
+        mask, target = inputs["mask"], inputs["target"]
+        if "places" in inputs:
+            scores = gather_scores(self.accelerator, scores, inputs, self._share[1] > 1)
+        grid = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask, scores)
+        losses = self._group_losses(grid, inputs)
+        check_finite(losses.detach(), inputs["query_ids"], self.state.global_step + 1, self._get_learning_rate)
+        with torch.no_grad():
+            guessing = self._group_losses(torch.zeros_like(grid), inputs)
+            if not self._share[0]:  # of those that share groups one counts them
+                self.tally.add_groups(grid.detach(), mask, target, losses.detach(), guessing)
+        # Ranks average their gradients, so a sum over ranks is wanted back.
+        return losses.sum() * (self.accelerator.num_processes / num_items_in_batch), grid
+
+    def _group_losses(self, grid: Tensor, inputs: Batch) -> Tensor:
+        """Loss of each group, shape ``(groups,)``."""
+        args = self.args
+        distillation = (args.distillation_weight, args.distillation_temperature)
+        return group_losses(grid, inputs["target"], inputs["mask"], inputs["teacher"], args.temperature, *distillation)
+
+    def _scores(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """Logit of each pair, shape ``(pairs,)``, in one graph."""
+        lengths = inputs["lengths"]
+        tokens = int(lengths.sum())
+        tensors = {name: inputs[name] for name in self.processing_class.model_input_names if name in inputs}
+        if packs(self.model):
+            scores, run = packed_scores(model, tensors, lengths, self.model.config), tokens
+        else:
+            multiple = self.args.pad_to_multiple_of or 1
+            scores, run = padded_scores(model, tensors, lengths, self.model, self._bucket_overhead, multiple)
+        if inputs["group_sizes"]:
+            self.tally.add_counts(pairs=len(lengths), tokens=tokens, padded_tokens=run, cut_pairs=inputs["cut_pairs"])
+        return scores
+
+    # ---- logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the curves of the groups since the last log."""
+        if "loss" in logs:
+            logs.update(curves(self.watch.look(self.state.global_step)))
+        super().log(logs, start_time)
+
+    # ---- evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """nDCG@10, MRR@10, MAP@10 and the loss, as ``eval_ndcg@10`` and so on.
+
+        Several sets give ``eval_NAME_ndcg@10``, and ``eval_ndcg@10`` is then their plain mean.
+        """
+        sets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(sets, dict):
+            alone: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return alone
+        with one_evaluation(self.callback_handler):  # each set is logged by itself
+            metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if means := mean_over_sets(metrics, list(sets), metric_key_prefix):
+            metrics |= means
+            self.log(means)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Score every passage of every group once, on some rank, and measure the rankings."""
+        return measure_groups(self, dataloader.dataset, description, metric_key_prefix)
+
+    # ---- checkpoints
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train, or go on training: to the same end, bit for bit on a CPU, wherever a run was interrupted.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True for the newest one under ``output_dir`` that
+                verifies; those that do not are named in the log, and without any the run starts anew.
+            **kwargs: As ``transformers.Trainer`` takes them.
+
+        Raises:
+            TrainingError: The checkpoint is missing or damaged, or training cannot go on.
+        """
+        settle_early_stopping(self.args, self.callback_handler.callbacks)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir))
+        over = final_state(checkpoint, self.args, self.get_train_dataloader()) if checkpoint else None
+        if checkpoint is None or over is None:
+            return super().train(checkpoint and str(checkpoint), **kwargs)
+        self.state = over
+        best = checkpoint.with_name(f"checkpoint-{over.best_global_step}")
+        self._load_from_checkpoint(str(best if self.args.load_best_model_at_end and best.is_dir() else checkpoint))
+        return TrainOutput(over.global_step, 0.0, {})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        saving.ready_to_push(self)
+        with sealed_checkpoint(self.args, self.state, Path(self._get_output_dir(trial))):
+            super()._save_checkpoint(model, trial)
+
+    # ---- saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a plain checkpoint, under FSDP as well, whatever the checkpoints of the run look like."""
+        if saving.is_ours(self, output_dir if _internal_call else None):
+            self._save(output_dir, saving.whole_weights(self))
+        else:
+            super().save_model(output_dir, _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """A plain checkpoint that every loader scores alike; settings as JSON, never as a pickle."""
+        folder = Path(output_dir or self.args.output_dir)
+        note_format(self.model, self.processing_class, self.args.max_length)
+        super()._save(str(folder), state_dict)
+        if self.args.should_save:
+            add_notes(self.model, self.processing_class, folder)
+            saving.write_settings(self.args, folder)
+
+    def save_merged(self, output_dir: str | Path) -> None:
+        """Write a plain checkpoint with the adapters merged into the model; the trainer's own keeps them.
+
+        Raises:
+            TrainingError: There are no adapters, or the base is quantized.
+        """
+        saving.save_merged(self, Path(output_dir))
+
+
+def prepare(
+    model: str | Path | PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: LCETrainingArguments,
+    peft_config: Any = None,
+) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase]:
+    """A model and tokenizer that fit together, to be trained.
+
+    Args:
+        model: A model, or the name of one; None if it is made later.
+        tokenizer: The model's own if None and the model is named.
+        args: Of the training; a new head and adapters are drawn from its seed.
+        peft_config: Adapters to train, see :func:`lce_trainer.model.adapters.add_adapters`.
+
+    Raises:
+        TrainingError: They do not fit together, or there is no such model.
+        ConfigError: The package of a ``package:`` name is missing.
+    """
+    if isinstance(model, (str, Path)):
+        tokenizer = tokenizer or load_tokenizer(model)
+        set_seed(args.seed)
+        model = load_model(model, yes_no=args.yes_no)
+    if tokenizer is None:
+        raise TrainingError("pass the tokenizer as processing_class, or the model by its name")
+    if model is not None:
+        settle(model, tokenizer)
+        keep_trainable(model)
+        if peft_config is not None:
+            set_seed(args.seed)
+            model = add_adapters(model, peft_config, args.bf16 or args.fp16)
+    return model, tokenizer
