@@ -6,7 +6,7 @@ Stages are the only code that knows both halves: what makes the data, and what l
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -20,11 +20,12 @@ from lce_trainer.evaluation.compare import compare, fuse, rerank
 from lce_trainer.evaluation.judged import Query, judgments, read_judged, read_queries
 from lce_trainer.evaluation.report import markdown, table
 from lce_trainer.hardware import resolve_dtype
-from lce_trainer.hub.cards import Evaluation, RunFacts, write_dataset_card, write_model_card
+from lce_trainer.hub.cards import write_dataset_card, write_model_card
 from lce_trainer.hub.publish import Published
 from lce_trainer.hub.publish import publish as upload
 from lce_trainer.model.loading import load_tokenizer
 from lce_trainer.model.reranker import Reranker
+from lce_trainer.pipeline.facts import RERANKER, gather_facts
 from lce_trainer.pipeline.run import Made, Run
 from lce_trainer.pipeline.train import check_training, fit_reranker
 from lce_trainer.synthesis.corpus import build_passages
@@ -38,7 +39,6 @@ from lce_trainer.synthesis.warm_start import warm_start_groups
 
 logger = logging.getLogger(__name__)
 
-Scorer = Callable[[list[tuple[str, str]]], np.ndarray]
 Runs = dict[str, dict[str, dict[str, float]]]
 
 # How a language model is reached and how fast does not shape its answers.
@@ -206,59 +206,6 @@ def publish(run: Run, dry_run: bool = False) -> Published:
         private=config.private,
         dry_run=dry_run,
     )
-
-
-def gather_facts(run: Run) -> RunFacts:
-    """What the cards say, from the manifests of the run."""
-    recipe = run.recipe
-    queries, groups, model = run.manifest("queries"), run.manifest("groups"), run.manifest("model")
-    evaluations = []
-    if (run.root / "evaluation" / "manifest.json").is_file():
-        for file in run.manifest("evaluation").files:
-            split = file.removesuffix(".parquet")
-            results = run.table("evaluation", split)
-            evaluations.append(
-                Evaluation(
-                    name=f"human queries, {split.replace('_', ' ')}",
-                    rows=results.to_list(),
-                    table=markdown(results),
-                    system=RERANKER,
-                    queries=results[0]["queries"],
-                    notes=f"Each system reranks the same BM25 candidates, {recipe.evaluate.top_k} passages a query.",
-                )
-            )
-    passage = run.table("groups")[0]
-    return RunFacts(
-        model_name=(recipe.publish.model_id or run.root.name).rpartition("/")[2],
-        dataset_name=(recipe.publish.dataset_id or f"{run.root.name}-groups").rpartition("/")[2],
-        base_model=recipe.train.model,
-        license=recipe.publish.license,
-        model_id=recipe.publish.model_id,
-        dataset_id=recipe.publish.dataset_id,
-        corpus_counts=run.manifest("passages").counts,
-        llm=groups.facts["llm"],
-        prompts={"query": queries.facts["prompt"], recipe.label.judge: groups.facts["prompt"]},
-        prompt_digests={
-            "query": queries.config["prompt_digest"],
-            recipe.label.judge: groups.config["prompt_digest"],
-        },
-        judge=recipe.label.judge,
-        judge_settings=asdict(recipe.label),
-        query_counts=queries.counts,
-        candidate_counts=run.manifest("candidates").counts,
-        label_counts=groups.counts,
-        shortcut_auc=groups.facts["shortcut_auc"],
-        warm_start=asdict(recipe.train.warm_start) if recipe.train.warm_start.pairs else {},
-        training={**model.config["arguments"], **{f"lora_{k}": v for k, v in model.config.get("lora", {}).items()}},
-        max_length=model.facts["max_length"],
-        evaluations=evaluations,
-        libraries=model.libraries,
-        example_query=passage["query"],
-        example_passages=passage["passages"][:2],
-    )
-
-
-RERANKER = "reranker"
 
 
 def _evaluate_in_domain(run: Run) -> tuple[datasets.Dataset, dict[str, int]]:
