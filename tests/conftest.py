@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from lce_trainer.model.ragged import Encoded
+from lce_trainer.model.pairs import EncodedPairs
 
 if TYPE_CHECKING:
     from tiny_recipe import Finished
@@ -61,7 +61,7 @@ def build_model(seed: int = 0, dropout: float = 0.0) -> BertForSequenceClassific
     )
 
 
-def ids_of_pairs(encoded: Encoded, name: str = "input_ids") -> list[list[int]]:
+def ids_of_pairs(encoded: EncodedPairs, name: str = "input_ids") -> list[list[int]]:
     """One list of ids, or of another input, a pair."""
     ends = encoded.lengths.cumsum()[:-1]
     return [values.tolist() for values in np.split(encoded.inputs[name], ends)]

@@ -9,8 +9,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from lce_trainer.errors import TrainingError
-from lce_trainer.model.pairs import length_buckets, pad_pairs
-from lce_trainer.model.ragged import Encoded
+from lce_trainer.model.pairs import EncodedPairs, length_buckets, pad_pairs
 from lce_trainer.training.collator import GroupCollator, micro_batches, select_groups
 from lce_trainer.training.sampling import EpochGroups, GroupSampler
 
@@ -182,7 +181,7 @@ def test_the_price_of_a_pass_decides_how_many_there_are():
 def test_padding_is_on_the_right_whatever_the_tokenizer_prefers():
     tokenizer = build_tokenizer()
     tokenizer.padding_side = "left"
-    encoded = Encoded.of({"input_ids": [[5, 6, 7], [8]], "token_type_ids": [[0, 0, 1], [1]]})
+    encoded = EncodedPairs.of({"input_ids": [[5, 6, 7], [8]], "token_type_ids": [[0, 0, 1], [1]]})
     padded = pad_pairs(tokenizer, encoded)
     assert padded["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert padded["token_type_ids"].tolist() == [[0, 0, 1], [1, 0, 0]]

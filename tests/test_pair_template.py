@@ -5,8 +5,8 @@ from conftest import ids_of_pairs
 from tiny_models import DECODERS, tiny_config, tiny_tokenizer
 
 from lce_trainer.errors import TrainingError
-from lce_trainer.model.pairs import encode_groups
-from lce_trainer.model.template import encode_by_template, pair_template, settle_template
+from lce_trainer.model.pairs import encode_by_template, encode_groups
+from lce_trainer.model.template import pair_template, settle_template
 from lce_trainer.training.collator import GroupCollator
 
 CHATML = (

@@ -9,8 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from lce_trainer.errors import ConfigError, TrainingError
 from lce_trainer.model.crossencoder import RAW_SCORES
 from lce_trainer.model.loading import load_model
-from lce_trainer.model.pairs import pad_pairs
-from lce_trainer.model.ragged import Encoded
+from lce_trainer.model.pairs import EncodedPairs, pad_pairs
 from lce_trainer.model.reranker import Reranker
 from lce_trainer.model.scoring import scoring_batches
 
@@ -123,7 +122,7 @@ def test_what_is_no_reranker_is_a_one_line_error(tmp_path, checkpoint):
 def test_padding_changes_no_score(checkpoint):
     reranker = Reranker.from_pretrained(checkpoint)
     ids = reranker.tokenizer("what is the moon", "red tree")["input_ids"]
-    padded = pad_pairs(reranker.tokenizer, Encoded.of({"input_ids": [ids]}), multiple=32)
+    padded = pad_pairs(reranker.tokenizer, EncodedPairs.of({"input_ids": [ids]}), multiple=32)
     assert padded["input_ids"].shape[1] == 32
     with torch.inference_mode():
         torch.testing.assert_close(

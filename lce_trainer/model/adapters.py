@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lce_trainer.distributed import not_shared_out
 from lce_trainer.errors import TrainingError
+from lce_trainer.model.families import head_modules
 from lce_trainer.model.yes_no import is_language_model
 from lce_trainer.settings import option
 
@@ -152,20 +153,6 @@ def load_merged(base: PreTrainedModel, path: str) -> PreTrainedModel:
     """
     merged: PreTrainedModel = import_peft().PeftModel.from_pretrained(base, path).merge_and_unload()
     return merged
-
-
-def head_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the modules between the last layer and the score.
-
-    Those are what a classifier has besides its base model, and the base model's pooler if there is
-    one: base checkpoints often come without it.
-    """
-    names = [
-        name
-        for name, module in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in module.parameters())
-    ]
-    return names + ["pooler"] * (getattr(model.base_model, "pooler", None) is not None)
 
 
 def import_peft() -> Any:

@@ -1,67 +1,124 @@
-"""What each family of models computes of a packed row otherwise than its class does.
+"""What is known of each family of models: its positions, the token its head reads, and its packed forward passes.
 
-The last layer computes only what the head reads: keys and values of all tokens, but queries, output
-projection and feed-forward of one token a pair. Where queries, keys and values are plain linear
-layers of the same states, one product makes all three. Both are exact, forward and backward.
+This is the one file that a new family touches: its record in ``FAMILIES``. A family without a record is an encoder
+or a decoder by transformers' own lists, counts positions from 0, and is padded.
+
+In a packed row the last layer computes only what the head reads: keys and values of all tokens, but queries, output
+projection and feed-forward of one token a pair. Where queries, keys and values are plain linear layers of the same
+states, one product makes all three. Both are exact, forward and backward.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto import modeling_auto
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
 from lce_trainer.model.packed.attention import Packing, attend
 from lce_trainer.model.packed.cpu import is_plain, linear
-from lce_trainer.model.yes_no import answer_scores, answers_of
 
 Patch = tuple[nn.Module, Callable[..., Any]]  # a module, and its forward for packed rows
 
-DECODERS = ("qwen3", "qwen2", "llama", "mistral")
+
+@dataclass(frozen=True)
+class Family:
+    """One ``model_type`` of transformers.
+
+    Attributes:
+        is_decoder: Whether a token sees only the tokens before it. The head of a decoder reads a pair's last token,
+            that of an encoder its first (or their mean).
+        positions_after_padding: Whether positions are counted from the one after the pad token's id, not from 0.
+        patches: Yields the modules of a model whose forward is replaced for packed rows; None if the family cannot
+            be packed, because its attention is not called through transformers' ``AttentionInterface``.
+    """
+
+    is_decoder: bool = False
+    positions_after_padding: bool = False
+    patches: Callable[[Any], Iterator[Patch]] | None = None
 
 
-def _bert(model: PreTrainedModel, read_only: bool) -> Iterator[Patch]:
-    """BERT, RoBERTa, XLM-R, CamemBERT and ELECTRA."""
+def _bert(model: PreTrainedModel) -> Iterator[Patch]:
+    """Yield the patches of BERT, RoBERTa, XLM-R, CamemBERT and ELECTRA."""
     layers = model.base_model.encoder.layer
     yield from ((layer.attention.self, _bert_attention) for layer in layers)
-    yield layers[-1], _bert_layer if read_only else _whole_layer
+    yield layers[-1], _bert_layer
 
 
-def _distilbert(model: PreTrainedModel, read_only: bool) -> Iterator[Patch]:
+def _distilbert(model: PreTrainedModel) -> Iterator[Patch]:
     layers = model.base_model.transformer.layer
     yield from ((layer.attention, _distilbert_attention) for layer in layers)
-    yield layers[-1], _distilbert_layer if read_only else _whole_layer
+    yield layers[-1], _distilbert_layer
 
 
-def _modernbert(model: PreTrainedModel, read_only: bool) -> Iterator[Patch]:
+def _modernbert(model: PreTrainedModel) -> Iterator[Patch]:
     if model.config.classifier_pooling == "mean":
         yield model, _modernbert_mean
     else:
-        yield model.base_model.layers[-1], _modernbert_layer if read_only else _whole_layer
+        yield model.base_model.layers[-1], _modernbert_layer
 
 
-def _decoder(model: PreTrainedModel, read_only: bool) -> Iterator[Patch]:
-    """Llama and those built like it."""
-    yield model.base_model.layers[-1], _decoder_layer if read_only else _whole_layer
-    yield model, _decoder_head if answers_of(model) is None else _decoder_answer
+def _decoder(model: Any) -> Iterator[Patch]:
+    """Yield the patches of Llama and those built like it; a language-model head needs none of the family's."""
+    yield model.base_model.layers[-1], _decoder_layer
+    if hasattr(model, "score"):
+        yield model, _decoder_head
 
 
-FAMILIES: dict[str, Callable[[Any, bool], Iterator[Patch]]] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _bert),
-    "distilbert": _distilbert,
-    "modernbert": _modernbert,
-    **dict.fromkeys(DECODERS, _decoder),
+FAMILIES = {
+    "bert": Family(patches=_bert),
+    "electra": Family(patches=_bert),
+    "roberta": Family(positions_after_padding=True, patches=_bert),
+    "xlm-roberta": Family(positions_after_padding=True, patches=_bert),
+    "camembert": Family(positions_after_padding=True, patches=_bert),
+    "distilbert": Family(patches=_distilbert),
+    "modernbert": Family(patches=_modernbert),
+    "qwen3": Family(is_decoder=True, patches=_decoder),
+    "qwen2": Family(is_decoder=True, patches=_decoder),
+    "llama": Family(is_decoder=True, patches=_decoder),
+    "mistral": Family(is_decoder=True, patches=_decoder),
+    "mpnet": Family(positions_after_padding=True),
+    "longformer": Family(positions_after_padding=True),
+    "xlm-roberta-xl": Family(positions_after_padding=True),
+    "xmod": Family(positions_after_padding=True),
 }
 
 
-def _whole_layer(layer: nn.Module, hidden_states: Tensor, *args: Any, packing: Packing, **kwargs: Any) -> Tensor:
-    """The last layer of any family, computed whole; what is read of it, shape ``(pairs, 1, width)``."""
-    out: Tensor = type(layer).forward(layer, hidden_states, *args, packing=packing, **kwargs)
-    return out[0, packing.read][:, None]
+def family_of(config: PreTrainedConfig) -> Family:
+    """Return the record of a model's family, made from transformers' lists of models if there is none."""
+    kind = config.model_type
+    writes = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    fills = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return FAMILIES.get(kind) or Family(is_decoder=writes and not fills)
+
+
+def first_position(config: PreTrainedConfig) -> int:
+    """Return the number of a pair's first position."""
+    return int(config.pad_token_id) + 1 if family_of(config).positions_after_padding else 0
+
+
+def has_trained_head(config: PreTrainedConfig) -> bool:
+    """Return whether the checkpoint of this config holds a classification head."""
+    return any("ForSequenceClassification" in kind for kind in config.architectures or [])
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Return the names of the modules between the last layer and the score.
+
+    Those are what a classifier has besides its base model, and the base model's pooler if there is one: base
+    checkpoints often come without it.
+    """
+    names = [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+    return names + ["pooler"] * (getattr(model.base_model, "pooler", None) is not None)
 
 
 def _project(states: Tensor, layers: Sequence[Any], size: int) -> Sequence[Tensor]:
@@ -237,9 +294,3 @@ def _decoder_head(model: Any, *args: Any, packing: Packing, **kwargs: Any) -> Se
     """A decoder with a classification head, which would look for one last token in a packed row."""
     hidden = model.base_model(*args, packing=packing, **kwargs).last_hidden_state
     return SequenceClassifierOutput(logits=model.score(hidden)[:, 0])
-
-
-def _decoder_answer(model: Any, *args: Any, packing: Packing, **kwargs: Any) -> SequenceClassifierOutput:
-    """A language model that answers yes or no."""
-    hidden = model.base_model(*args, packing=packing, **kwargs).last_hidden_state
-    return SequenceClassifierOutput(logits=answer_scores(model, hidden[:, 0])[:, None])

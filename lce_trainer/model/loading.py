@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -19,13 +18,12 @@ from lce_trainer.distributed import not_shared_out
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.adapters import load_merged
 from lce_trainer.model.crossencoder import apply_notes, noted_answers, read_json
-from lce_trainer.model.template import has_trained_head, is_decoder, settle_template
+from lce_trainer.model.families import family_of, first_position, has_trained_head
+from lce_trainer.model.template import settle_template
 from lce_trainer.model.yes_no import answer_ids, is_language_model, note_answers, settle_answers
 from lce_trainer.names import resolve_model
 
 logger = logging.getLogger(__name__)
-
-POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "xmod"}
 
 
 def load_model(
@@ -114,7 +112,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 def match_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Tell the model which token pads: a decoder's head reads the last one that does not."""
     config = model.config.get_text_config()
-    if config.pad_token_id is None or is_decoder(model.config):
+    if config.pad_token_id is None or family_of(model.config).is_decoder:
         config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -141,11 +139,9 @@ def pairing_tokenizer(name: str | Path, yes_no: bool | None = None) -> PreTraine
 
 
 def longest_input(model: PreTrainedModel) -> int:
-    """Tokens the model has positions for."""
-    config: Any = model.config
-    positions = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
-    # These families count positions from the one after the pad token's id.
-    return positions - (config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0)
+    """Return the number of tokens that the model has positions for."""
+    positions = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+    return positions - first_position(model.config)
 
 
 def _answers(config: PreTrainedConfig, path: str, yes_no: bool | None) -> tuple[int, ...] | None:

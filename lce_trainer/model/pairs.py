@@ -1,8 +1,10 @@
 """Queries and passages into pairs of token ids, and pairs into tensors: the input side of training and scoring."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +12,93 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lce_trainer.errors import TrainingError
-from lce_trainer.model.ragged import Encoded, Texts, ragged
-from lce_trainer.model.template import encode_by_template, pair_template, plain_backend
+from lce_trainer.model.template import JOINTS, PairTemplate, pair_template, plain_backend
 
 _TEXTS = 1024  # tokenized at once: what a tokenizer makes of whole long texts is many times their size
+
+
+def slice_indices(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the indices of several slices of a flat array, one slice after the other.
+
+    Args:
+        starts: The index at which each slice begins, shape ``(slices,)``.
+        counts: The length of each slice, shape ``(slices,)``.
+
+    Returns:
+        Indices, shape ``(counts.sum(),)``.
+    """
+    begins = counts.cumsum() - counts
+    places: np.ndarray = np.repeat(starts - begins, counts)
+    places += np.arange(len(places))
+    return places
+
+
+@dataclass(frozen=True)
+class TokenLists:
+    """Token ids of texts.
+
+    Attributes:
+        ids: Of all of them, and perhaps of others, shape ``(tokens,)``.
+        starts: Where each text begins, shape ``(texts,)``.
+        counts: Tokens of each, shape ``(texts,)``.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def end_to_end(cls, ids: np.ndarray, counts: np.ndarray) -> "TokenLists":
+        """Texts of ``counts`` tokens each, between which nothing lies."""
+        return cls(ids, counts.cumsum() - counts, counts)
+
+    @classmethod
+    def concatenated(cls, parts: Sequence["TokenLists"]) -> "TokenLists":
+        """Texts that each lie end to end, one part after the other."""
+        return cls.end_to_end(
+            np.concatenate([part.ids for part in parts]), np.concatenate([part.counts for part in parts])
+        )
+
+    @classmethod
+    def of_one(cls, ids: np.ndarray) -> "TokenLists":
+        """A single text."""
+        return cls(ids, np.zeros(1, dtype=np.int64), np.array([len(ids)]))
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[int]]) -> "TokenLists":
+        """Texts from one list of ids each."""
+        counts = np.fromiter(map(len, lists), np.int64, len(lists))
+        return cls.end_to_end(np.fromiter(chain.from_iterable(lists), np.int32, counts.sum()), counts)
+
+    def take(self, rows: np.ndarray | Sequence[int]) -> "TokenLists":
+        """Some of the texts, copied: nothing else is read."""
+        counts = self.counts[rows]
+        return self.end_to_end(self.ids[slice_indices(self.starts[rows], counts)], counts)
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Pairs as a model reads them.
+
+    Attributes:
+        lengths: Tokens of each pair, shape ``(pairs,)``.
+        inputs: For each of the tokenizer's inputs, those of all pairs, shape ``(lengths.sum(),)``.
+    """
+
+    lengths: np.ndarray
+    inputs: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, lists: Mapping[str, Sequence[Sequence[int]]]) -> "EncodedPairs":
+        """Pairs from one list each, for each of the inputs."""
+        found = {name: TokenLists.of(rows) for name, rows in lists.items()}
+        return cls(found["input_ids"].counts, {name: rows.ids for name, rows in found.items()})
+
+    def take(self, rows: np.ndarray) -> "EncodedPairs":
+        """Some of the pairs, in the order of ``rows``, shape ``(chosen,)``."""
+        lengths = self.lengths[rows]
+        places = slice_indices((self.lengths.cumsum() - self.lengths)[rows], lengths)
+        return EncodedPairs(lengths, {name: values[places] for name, values in self.inputs.items()})
 
 
 @dataclass(frozen=True)
@@ -26,7 +111,7 @@ class PairLayout:
         has_types: Whether the model reads token types.
     """
 
-    separators: Texts
+    separators: TokenLists
     types: np.ndarray
     has_types: bool
 
@@ -35,11 +120,11 @@ class PairLayout:
         """Tokens of a pair besides its query and passage."""
         return len(self.separators.ids)
 
-    def with_separators(self, parts: Sequence[Texts]) -> Texts:
+    def with_separators(self, parts: Sequence[TokenLists]) -> TokenLists:
         """All texts in one array, after the separators, which are its first three."""
-        return Texts.concatenated([self.separators, *parts])
+        return TokenLists.concatenated([self.separators, *parts])
 
-    def join(self, texts: Texts, rows: np.ndarray, counts: np.ndarray, side: str = "right") -> Encoded:
+    def join(self, texts: TokenLists, rows: np.ndarray, counts: np.ndarray, side: str = "right") -> EncodedPairs:
         """Pairs of texts, all at once.
 
         Args:
@@ -54,10 +139,10 @@ class PairLayout:
         starts[:, 1::2], sizes[:, 1::2] = texts.starts[3:][rows], counts
         if side == "left":
             starts[:, 1::2] += texts.counts[3:][rows] - counts
-        inputs = {"input_ids": texts.ids[ragged(starts.ravel(), sizes.ravel())]}
+        inputs = {"input_ids": texts.ids[slice_indices(starts.ravel(), sizes.ravel())]}
         if self.has_types:
             inputs["token_type_ids"] = np.repeat(np.tile(self.types, len(rows)), sizes.ravel())
-        return Encoded(sizes.sum(axis=1), inputs)
+        return EncodedPairs(sizes.sum(axis=1), inputs)
 
 
 def pair_layout(tokenizer: PreTrainedTokenizerBase) -> PairLayout:
@@ -89,27 +174,27 @@ def _pair_layout(tokenizer: PreTrainedTokenizerBase, after: bytes | None, has_ty
     cuts = [query[0], query[-1] + 1, passage[0], passage[-1] + 1]
     parts, kinds = np.split(np.array(pair.ids), cuts), np.split(np.array(pair.type_ids), cuts)
     return PairLayout(
-        Texts.of([part.tolist() for part in parts[::2]]),
+        TokenLists.of([part.tolist() for part in parts[::2]]),
         np.array([kind[0] if len(kind) else 0 for kind in kinds]),
         has_types,
     )
 
 
-def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Texts:
+def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> TokenLists:
     """Token ids of texts, without special tokens."""
     backend = plain_backend(tokenizer)
     parts = (texts[start : start + _TEXTS] for start in range(0, len(texts), _TEXTS))
     encodings = (backend.encode_batch_fast(part, add_special_tokens=False) for part in parts)
-    return Texts.concatenated([Texts.of([encoding.ids for encoding in part]) for part in encodings])
+    return TokenLists.concatenated([TokenLists.of([encoding.ids for encoding in part]) for part in encodings])
 
 
 def join_pairs(
     tokenizer: PreTrainedTokenizerBase,
-    parts: Sequence[Texts],
+    parts: Sequence[TokenLists],
     sizes: Sequence[int],
     max_length: int,
     max_query_length: int,
-) -> tuple[Encoded, int]:
+) -> tuple[EncodedPairs, int]:
     """Pairs of each group's query with each of its passages, all given as token ids.
 
     Args:
@@ -138,7 +223,7 @@ def encode_groups(
     passages: Sequence[Sequence[str]],
     max_length: int,
     max_query_length: int,
-) -> tuple[Encoded, int]:
+) -> tuple[EncodedPairs, int]:
     """Token ids of each query with each of its passages; every query is tokenized once.
 
     Args:
@@ -160,7 +245,71 @@ def encode_groups(
     return join_pairs(tokenizer, [found], list(map(len, passages)), max_length, max_query_length)
 
 
-def pad_pairs(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, multiple: int | None = None) -> dict[str, Tensor]:
+def encode_by_template(
+    tokenizer: PreTrainedTokenizerBase,
+    template: PairTemplate,
+    pairs: Sequence[tuple[str, str]],
+    max_length: int,
+    max_query_length: int | None = None,
+) -> tuple[EncodedPairs, int]:
+    """Token ids of pairs that go through a template.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        template: Its own.
+        pairs: Query and passage of each.
+        max_length: Tokens of a pair at most, the template's among them. The passage is cut.
+        max_query_length: Tokens of a query at most. If None a query is cut only where the pair is too
+            long and the query is the longer half of it, as ``truncation="longest_first"`` does.
+
+    Returns:
+        The pairs, and how many of them were cut.
+
+    Raises:
+        TrainingError: The template alone takes ``max_length`` tokens.
+    """
+    if max_length <= template.overhead:
+        raise TrainingError(
+            f"max_length is {max_length}, but the template of pairs takes {template.overhead} tokens: raise it"
+        )
+    backend = plain_backend(tokenizer)
+    places = {query: place for place, query in enumerate(dict.fromkeys(query for query, _ in pairs))}
+    queries = backend.encode_batch(list(places), add_special_tokens=False)
+
+    def encode(rows: Sequence[int], limits: Sequence[int]) -> list[Any]:
+        texts = []
+        for row, limit in zip(rows, limits, strict=True):
+            query, passage = pairs[row]
+            tokens = queries[places[query]]
+            texts.append(
+                template.render(query[: tokens.offsets[limit - 1][1]] if len(tokens) > limit else query, passage)
+            )
+        return list(backend.encode_batch(texts, add_special_tokens=False))
+
+    sizes = [len(queries[places[query]]) for query, _ in pairs]
+    limit = max_length if max_query_length is None else max_query_length
+    encodings = encode(range(len(pairs)), [limit] * len(pairs))
+    was_cut = [size > limit or len(encoding) > max_length for size, encoding in zip(sizes, encodings, strict=True)]
+    if max_query_length is None:
+        room = max_length - template.overhead
+        rows = [i for i, encoding in enumerate(encodings) if len(encoding) > max_length and sizes[i] > room // 2]
+        # What the passage leaves over is the query's.
+        around = template.overhead - JOINTS
+        limits = [max(room // 2, room - (len(encodings[i]) - around - min(sizes[i], limit))) for i in rows]
+        for row, encoding in zip(rows, encode(rows, limits), strict=True):
+            encodings[row] = encoding
+    tail = list(template.tail_ids)
+    ids = [encoding.ids for encoding in encodings]
+    ids = [row if len(row) < max_length else row[: max_length - len(tail)] + tail for row in ids]
+    encoded = EncodedPairs.of({"input_ids": ids})
+    if "token_type_ids" in tokenizer.model_input_names:
+        encoded.inputs["token_type_ids"] = np.zeros_like(encoded.inputs["input_ids"])
+    return encoded, sum(was_cut)
+
+
+def pad_pairs(
+    tokenizer: PreTrainedTokenizerBase, encoded: EncodedPairs, multiple: int | None = None
+) -> dict[str, Tensor]:
     """Pad pairs on the right to the longest.
 
     Returns:

@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lce_trainer.distributed import in_lockstep, with_the_others
 from lce_trainer.errors import TrainingError
-from lce_trainer.model.pairs import pad_pairs, pair_layout, tokenized
-from lce_trainer.model.ragged import Encoded
-from lce_trainer.model.template import encode_by_template, pair_template
+from lce_trainer.model.pairs import EncodedPairs, encode_by_template, pad_pairs, pair_layout, tokenized
+from lce_trainer.model.template import pair_template
 
 WINDOW = 16384  # pairs in memory at once, of all ranks together: bounds what texts and token ids take
 
@@ -169,14 +168,14 @@ def scoring_batches(
 
 def _encoder(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int
-) -> tuple[np.ndarray, Callable[[np.ndarray], Encoded]]:
+) -> tuple[np.ndarray, Callable[[np.ndarray], EncodedPairs]]:
     """Tokens of each pair, shape ``(pairs,)``, and what encodes those of some rows; each text is tokenized once."""
     if template := pair_template(tokenizer):
         encoded = encode_by_template(tokenizer, template, pairs, max_length)[0]
         return encoded.lengths, encoded.take
     if not tokenizer.is_fast:
         queries, passages = zip(*pairs, strict=True)
-        encoded = Encoded.of(
+        encoded = EncodedPairs.of(
             tokenizer(list(queries), list(passages), truncation="longest_first", max_length=max_length)
         )
         return encoded.lengths, encoded.take

@@ -13,21 +13,18 @@ meet; what does not fit is taken from the passage, and never from the query or t
 import importlib.resources
 import logging
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto import modeling_auto
 
 from lce_trainer.errors import TrainingError
-from lce_trainer.model.ragged import Encoded
+from lce_trainer.model.families import family_of, has_trained_head
 
 logger = logging.getLogger(__name__)
 
-_JOINTS = 2  # tokens that a pair may have beyond those of its texts and its template, where these meet
+JOINTS = 2  # tokens that a pair may have beyond those of its texts and its template, where these meet
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def settle_template(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     """
     if is_for_pairs(tokenizer):
         pair_template(tokenizer)
-    elif not is_decoder(config):
+    elif not family_of(config).is_decoder:
         tokenizer.chat_template = None  # for chats; a tokenizer that has one would put every pair through it
     elif not has_trained_head(config):
         begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -109,82 +106,6 @@ def is_for_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template names the roles ``query`` and ``document``."""
     named = re.findall(r"""["'](query|document)["']""", str(tokenizer.chat_template or ""))
     return set(named) == {"query", "document"}
-
-
-def is_decoder(config: PreTrainedConfig) -> bool:
-    """Whether a model's family are language models that read from left to right."""
-    kind = config.model_type
-    return (
-        kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        and kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    )
-
-
-def has_trained_head(config: PreTrainedConfig) -> bool:
-    """Whether the checkpoint of this config holds a classification head."""
-    return any("ForSequenceClassification" in kind for kind in config.architectures or [])
-
-
-def encode_by_template(
-    tokenizer: PreTrainedTokenizerBase,
-    template: PairTemplate,
-    pairs: Sequence[tuple[str, str]],
-    max_length: int,
-    max_query_length: int | None = None,
-) -> tuple[Encoded, int]:
-    """Token ids of pairs that go through a template.
-
-    Args:
-        tokenizer: A fast tokenizer.
-        template: Its own.
-        pairs: Query and passage of each.
-        max_length: Tokens of a pair at most, the template's among them. The passage is cut.
-        max_query_length: Tokens of a query at most. If None a query is cut only where the pair is too
-            long and the query is the longer half of it, as ``truncation="longest_first"`` does.
-
-    Returns:
-        The pairs, and how many of them were cut.
-
-    Raises:
-        TrainingError: The template alone takes ``max_length`` tokens.
-    """
-    if max_length <= template.overhead:
-        raise TrainingError(
-            f"max_length is {max_length}, but the template of pairs takes {template.overhead} tokens: raise it"
-        )
-    backend = plain_backend(tokenizer)
-    places = {query: place for place, query in enumerate(dict.fromkeys(query for query, _ in pairs))}
-    queries = backend.encode_batch(list(places), add_special_tokens=False)
-
-    def encode(rows: Sequence[int], limits: Sequence[int]) -> list[Any]:
-        texts = []
-        for row, limit in zip(rows, limits, strict=True):
-            query, passage = pairs[row]
-            tokens = queries[places[query]]
-            texts.append(
-                template.render(query[: tokens.offsets[limit - 1][1]] if len(tokens) > limit else query, passage)
-            )
-        return list(backend.encode_batch(texts, add_special_tokens=False))
-
-    sizes = [len(queries[places[query]]) for query, _ in pairs]
-    limit = max_length if max_query_length is None else max_query_length
-    encodings = encode(range(len(pairs)), [limit] * len(pairs))
-    was_cut = [size > limit or len(encoding) > max_length for size, encoding in zip(sizes, encodings, strict=True)]
-    if max_query_length is None:
-        room = max_length - template.overhead
-        rows = [i for i, encoding in enumerate(encodings) if len(encoding) > max_length and sizes[i] > room // 2]
-        # What the passage leaves over is the query's.
-        around = template.overhead - _JOINTS
-        limits = [max(room // 2, room - (len(encodings[i]) - around - min(sizes[i], limit))) for i in rows]
-        for row, encoding in zip(rows, encode(rows, limits), strict=True):
-            encodings[row] = encoding
-    tail = list(template.tail_ids)
-    ids = [encoding.ids for encoding in encodings]
-    ids = [row if len(row) < max_length else row[: max_length - len(tail)] + tail for row in ids]
-    encoded = Encoded.of({"input_ids": ids})
-    if "token_type_ids" in tokenizer.model_input_names:
-        encoded.inputs["token_type_ids"] = np.zeros_like(encoded.inputs["input_ids"])
-    return encoded, sum(was_cut)
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -239,5 +160,5 @@ def _measured(tokenizer: PreTrainedTokenizerBase, template: PairTemplate) -> Pai
     texts = [template.render(text, text) for text in ("0", "1 2 3 4", "")]
     one, other, empty = (encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False))
     shared = next((i for i, (a, b) in enumerate(zip(one[::-1], other[::-1], strict=False)) if a != b), 0)
-    overhead = max(len(empty), len(one) - 2) + _JOINTS
+    overhead = max(len(empty), len(one) - 2) + JOINTS
     return replace(template, tail_ids=tuple(one[len(one) - shared :]), overhead=overhead)

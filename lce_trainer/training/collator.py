@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lce_trainer.errors import TrainingError
-from lce_trainer.model.pairs import encode_groups, join_pairs, pad_pairs
-from lce_trainer.model.ragged import Encoded, Texts
+from lce_trainer.model.pairs import EncodedPairs, TokenLists, encode_groups, join_pairs, pad_pairs
 from lce_trainer.model.template import pair_overhead
 from lce_trainer.training.sampling import sample_group
 
@@ -65,7 +64,7 @@ class GroupCollator:
 
         Args:
             rows: Groups, each with its ``epoch`` (0 if it has none), their query and passages as text or
-                as :class:`lce_trainer.model.ragged.Texts`; None fills up a batch and is left out.
+                as :class:`lce_trainer.model.pairs.TokenLists`; None fills up a batch and is left out.
 
         Returns:
             ``input_ids`` and the tokenizer's other inputs, shape ``(pairs, length)``, padded on the
@@ -107,11 +106,11 @@ class GroupCollator:
         )
         return [target, *negatives]
 
-    def _encode(self, groups: Sequence[Mapping[str, Any]], draws: Sequence[list[int]]) -> tuple[Encoded, int]:
+    def _encode(self, groups: Sequence[Mapping[str, Any]], draws: Sequence[list[int]]) -> tuple[EncodedPairs, int]:
         """Pairs of the groups, from their texts or from the ids that are kept of these; and how many were cut."""
         limits = (self.max_length, self.max_query_length)
         queries = [row["query"] for row in groups]
-        if groups and isinstance(queries[0], Texts):
+        if groups and isinstance(queries[0], TokenLists):
             passages = [row["passages"].take(draw) for row, draw in zip(groups, draws, strict=True)]
             return join_pairs(self.tokenizer, [*queries, *passages], [len(draw) for draw in draws], *limits)
         texts = [[row["passages"][i] for i in draw] for row, draw in zip(groups, draws, strict=True)]

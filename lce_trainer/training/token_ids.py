@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from lce_trainer.model.ragged import Texts
+from lce_trainer.model.pairs import TokenLists
 from lce_trainer.model.template import pair_template, plain_backend
 from lce_trainer.training.arguments import LCETrainingArguments
 
@@ -35,19 +35,19 @@ class TokenIds:
     def __init__(self, ids: datasets.Dataset) -> None:
         self.ids = ids.with_format("arrow")
 
-    def take(self, rows: Sequence[int]) -> list[tuple[Texts, Texts]]:
+    def take(self, rows: Sequence[int]) -> list[tuple[TokenLists, TokenLists]]:
         """Query and passages of each of these groups, of which none is read before it is taken."""
         table = self.ids[list(rows)]
         return [
-            (Texts.of_one(query.values.to_numpy()), _views(passages.values))
+            (TokenLists.of_one(query.values.to_numpy()), _views(passages.values))
             for query, passages in zip(table["query"], table["passages"], strict=True)
         ]
 
 
-def _views(lists: Any) -> Texts:
+def _views(lists: Any) -> TokenLists:
     """Lists of ids, left where they lie."""
     ends = lists.offsets.to_numpy()
-    return Texts(lists.values.to_numpy(), ends[:-1], ends[1:] - ends[:-1])
+    return TokenLists(lists.values.to_numpy(), ends[:-1], ends[1:] - ends[:-1])
 
 
 def token_ids(

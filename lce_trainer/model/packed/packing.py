@@ -20,36 +20,36 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lce_trainer.model.families import DECODERS, FAMILIES
-from lce_trainer.model.loading import POSITIONS_AFTER_PADDING, longest_input
+from lce_trainer.model.families import Patch, family_of, first_position
+from lce_trainer.model.loading import longest_input
 from lce_trainer.model.packed.attention import Packing, make_packing, packed_attention, places_in_pairs
 from lce_trainer.model.packed.cpu import Replacement, speed_up
 from lce_trainer.model.pairs import length_buckets
-from lce_trainer.model.yes_no import answers_of, pair_logits
+from lce_trainer.model.yes_no import answer_scores, answers_of, pair_logits
 
 logger = logging.getLogger(__name__)
 
 PACKED_ATTENTION = "lce_packed"
 
 
-def enable_packing(model: PreTrainedModel, read_only: bool = True) -> bool:
+def enable_packing(model: PreTrainedModel) -> bool:
     """Make a model take packed rows besides what it always took.
 
     Args:
         model: A reranker, not yet wrapped for training.
-        read_only: Compute of the last layer only what the head reads; False computes it whole.
 
     Returns:
         Whether it can, checked by a comparison of packed and padded scores; the reason why not is
         logged once.
     """
     model = _without_adapters(model)
-    kind = model.config.model_type
-    if kind not in FAMILIES or not (_classifies(model) or (kind in DECODERS and answers_of(model))):
+    kind, patches = model.config.model_type, _patches(model)
+    if not patches:
         logger.info("%s cannot be packed: padding", type(model).__name__)
         return False
-    if getattr(model.config, "is_decoder", False) and kind not in DECODERS:
+    if getattr(model.config, "is_decoder", False) and not family_of(model.config).is_decoder:
         logger.info("a %s model with is_decoder cannot be packed: padding", kind)
         return False
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
@@ -57,13 +57,29 @@ def enable_packing(model: PreTrainedModel, read_only: bool = True) -> bool:
     model._attention_when_padded = model.config._attn_implementation
     model.set_attn_implementation(PACKED_ATTENTION)
     speed_up(model)
-    for module, packed in FAMILIES[kind](model, read_only):
+    for module, packed in patches:
         module.forward = _Packed(module, packed)
     problem = _self_test(model)
     if problem:
         disable_packing(model)
         logger.warning("this %s model cannot be packed, %s: padding", kind, problem)
     return not problem
+
+
+def _patches(model: PreTrainedModel) -> list[Patch]:
+    """Return the modules whose forward is replaced for packed rows; none if the model cannot be packed."""
+    family = family_of(model.config)
+    if family.patches is None:
+        return []
+    if family.is_decoder and answers_of(model):
+        return [*family.patches(model), (model, _packed_answer)]
+    return list(family.patches(model)) if _classifies(model) else []
+
+
+def _packed_answer(model: Any, *args: Any, packing: Packing, **kwargs: Any) -> SequenceClassifierOutput:
+    """Score the pairs of a packed row by a language model's answer, yes or no."""
+    hidden = model.base_model(*args, packing=packing, **kwargs).last_hidden_state
+    return SequenceClassifierOutput(logits=answer_scores(model, hidden[:, 0])[:, None])
 
 
 def packs(model: PreTrainedModel) -> bool:
@@ -209,7 +225,8 @@ def pack_pairs(
     """
     sizes = np.asarray(lengths)
     order = np.argsort(sizes, kind="stable")
-    packing = make_packing(sizes[order], device, reads_last=config.model_type in DECODERS)
+    is_decoder = family_of(config).is_decoder
+    packing = make_packing(sizes[order], device, reads_last=is_decoder)
     position = places_in_pairs(sizes[order])
     held, width = tensors["input_ids"].device, tensors["input_ids"].shape[1]
     rows = np.arange(len(sizes)) % len(tensors["input_ids"])
@@ -222,11 +239,10 @@ def pack_pairs(
             # For so few numbers torch would wake all cores, which takes longer.
             row = torch.from_numpy(flat.numpy()[places]) if there is None else flat[there]
             inputs[name] = row[None].to(device, non_blocking=True)
-    first = config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
-    inputs["position_ids"] = torch.as_tensor(position + first)[None].to(device, non_blocking=True)
+    inputs["position_ids"] = torch.as_tensor(position + first_position(config))[None].to(device, non_blocking=True)
     # A mask of four dimensions is taken for a finished one, so none of tokens x tokens is made.
     inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
-    if config.model_type in DECODERS:
+    if is_decoder:
         inputs["use_cache"] = False
     return {**inputs, "packing": packing}, order
 
