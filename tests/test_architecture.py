@@ -1,6 +1,7 @@
 """The rules that keep the package small, flat and one-way."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lce_trainer
+from helpers.paths import TESTS
 
 PACKAGE = Path(lce_trainer.__file__).parent
 # What each folder may import besides the base files, which import no folder. The pipeline stands above all of them.
@@ -151,3 +153,16 @@ def test_public_names_are_importable():
         assert getattr(lce_trainer, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         lce_trainer.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: path.relative_to(TESTS).as_posix())
+def test_no_test_module_is_imported(path):
+    """Neither by another one, nor by a helper, nor by a script that a test runs; what they share is in helpers."""
+    pattern = r"""(?:^|["';])\s*(?:from|import)\s[^\n"']*\b(test_\w+|conftest)\b"""
+    assert not re.findall(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_tests_lie_in_the_folders_of_the_package():
+    folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    assert Path("helpers") not in folders
+    assert not [folder for folder in folders if not (PACKAGE / folder).is_dir()]

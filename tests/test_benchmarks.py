@@ -8,7 +8,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED_DATA, WORDS, build_model, build_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks import feed, growth, infer, peers, train
@@ -16,6 +15,8 @@ from benchmarks.data import RANDOM, RAW_SCORES, prepare_checkpoint
 from benchmarks.loss_curves import LIMIT, OBJECTIVES, compare, largest_difference
 from benchmarks.measure import save, slope
 from benchmarks.roofline import counted_linear_flops, model_flops
+from helpers.paths import SHARED_DATA
+from helpers.tiny import WORDS, build_model, build_tokenizer
 from lce_trainer import LCETrainer
 
 GROUP = 4

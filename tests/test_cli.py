@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import transformers
 from datasets import Dataset
-from tiny_recipe import write_recipe
 
+from helpers.tiny_recipe import write_recipe
 from lce_trainer.artifacts import read_manifest
 from lce_trainer.cli import main
 

@@ -5,18 +5,17 @@
 
 import pytest
 import torch
-from conftest import WORDS, build_tokenizer
-from test_llm import QUERIES, prompts, sampling
-from test_llm import build_model as build_llm
-from test_llm import build_tokenizer as build_llm_tokenizer
-from test_packing import LENGTHS, make_batch, make_model
-from test_packing import scores_of as packed_scores
-from test_score_cache import gradients, one_graph
-from test_trainer import assert_same, easy_groups, lively_model, make_groups, make_trainer
 from transformers.utils.import_utils import enable_tf32
 
+from helpers.packed import LENGTHS, make_batch, make_model
+from helpers.steps import gradients, one_graph
+from helpers.tiny import WORDS, build_tokenizer
+from helpers.tiny_llm import QUERIES, prompts, sampling
+from helpers.tiny_llm import build_model as build_llm
+from helpers.tiny_llm import build_tokenizer as build_llm_tokenizer
+from helpers.trainers import assert_same, easy_groups, lively_model, make_groups, make_trainer
 from lce_trainer.model.packed.attention import flash_attention, kernel_problem
-from lce_trainer.model.packed.packing import enable_packing
+from lce_trainer.model.packed.packing import enable_packing, packed_scores
 from lce_trainer.model.reranker import Reranker
 from lce_trainer.synthesis.llm.local import TransformersLLM
 from lce_trainer.synthesis.llm.protocol import LLMConfig

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
 from lce_trainer.cli import _parser
 from lce_trainer.pipeline.run import open_run
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/trainer.md", "recipes/README.md", "CONTRIBUTING.md", "recipes/medquad/recipe.yaml")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

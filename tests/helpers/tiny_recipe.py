@@ -1,0 +1,121 @@
+"""A recipe in which everything is tiny and nothing is fake, and a whole run of it."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import processors
+from transformers import BertModel, LlamaConfig, LlamaForCausalLM
+
+from helpers.tiny import WORDS, build_model, build_tokenizer
+
+ARTIFACTS = ("passages", "queries", "candidates", "groups", "warm_start", "warm_start_model", "model", "evaluation")
+TOKEN = "hf_" + "S3cret" * 6
+
+
+class Finished(NamedTuple):
+    """A run that nothing interrupted.
+
+    Attributes:
+        recipe: Its file.
+        root: What it made.
+        printed: On standard output.
+        log: On standard error.
+    """
+
+    recipe: Path
+    root: Path
+    printed: str
+    log: str
+
+    def copy(self, root: Path, *artifacts: str) -> Path:
+        """A run folder in which only these artifacts are made."""
+        for name in artifacts:
+            shutil.copytree(self.root / name, root / name, ignore=shutil.ignore_patterns(".cache"))
+        return root
+
+
+def finish(folder: Path) -> Finished:
+    """Run the recipe as a user does, a token in the environment."""
+    recipe = write_recipe(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "lce_trainer.cli", "run", str(recipe)],
+        env={**os.environ, "HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Finished(recipe, folder / "run", done.stdout, done.stderr)
+
+
+def build_llm(seed: int = 0) -> LlamaForCausalLM:
+    """A two-layer causal language model with random weights, so large that what it reads changes what it says."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=4 + len(WORDS),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=1024,
+            initializer_range=0.3,
+            bos_token_id=2,
+            eos_token_id=3,
+            pad_token_id=0,
+        )
+    )
+
+
+def write_recipe(folder: Path) -> Path:
+    """A recipe with everything that it names, all of it tiny, in a folder: what it writes goes to ``folder/run``."""
+    build_llm().save_pretrained(folder / "llm")
+    causal = build_tokenizer()
+    causal.backend_tokenizer.post_processor = processors.TemplateProcessing("[CLS] $0", None, [("[CLS]", 2)])
+    causal.model_max_length = 1024
+    causal.save_pretrained(folder / "llm")
+    encoder = build_model(dropout=0.1).config
+    encoder.initializer_range = 0.2
+    BertModel(encoder).save_pretrained(folder / "encoder")
+    build_tokenizer().save_pretrained(folder / "encoder")
+    draw = random.Random(5)
+    documents = [{"doc_id": f"d{i}", "text": " ".join(draw.choices(WORDS, k=draw.randint(8, 25)))} for i in range(60)]
+    for name, chosen in (("docs", documents), ("dev", documents[:8]), ("test", documents[20:32])):
+        rows = chosen
+        if name != "docs":
+            rows = [
+                {"query_id": row["doc_id"], "query": " ".join(row["text"].split()[2:6]), "doc_ids": [row["doc_id"]]}
+                for row in chosen
+            ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE.format(folder=folder), encoding="utf-8")
+    return recipe
+
+
+RECIPE = """
+run_dir: {folder}/run
+corpus: {{source: docs.jsonl}}
+llm: {{model: {folder}/llm, dtype: float32}}
+generate: {{queries: 60, per_passage: 2, max_new_tokens: 6, min_words: 1, roundtrip_k: 0}}
+mine: {{top_k: 10}}
+label: {{candidates: 6, negatives: 4, drop_margin: -0.5}}
+train:
+  model: {folder}/encoder
+  warm_start: {{pairs: 192, group_size: 4, hard: 2, max_passage_words: 12, learning_rate: 3e-3}}
+  learning_rate: 3e-3
+  early_stopping_patience: null
+  precision: float32
+  per_device_train_batch_size: 4
+  group_size: 4
+  max_length: 48
+  max_query_length: 12
+  max_steps: 20
+evaluate: {{queries: test.jsonl, dev_queries: dev.jsonl, top_k: 10, bi_encoder: {folder}/encoder}}
+"""

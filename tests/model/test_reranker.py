@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from helpers.tiny import build_model, build_tokenizer, make_pairs
+from lce_trainer.errors import ConfigError, TrainingError
+from lce_trainer.model.crossencoder import RAW_SCORES
+from lce_trainer.model.loading import load_model
+from lce_trainer.model.pairs import EncodedPairs, pad_pairs
+from lce_trainer.model.reranker import Reranker
+from lce_trainer.model.scoring import scoring_batches
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """As the trainer saves it, reading 32 tokens, with scores that spread."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    model, tokenizer = build_model(), build_tokenizer()
+    for parameter in model.parameters():
+        parameter.data.mul_(10 if parameter.dim() > 1 else 1)
+    model.config.sentence_transformers = dict(RAW_SCORES)
+    tokenizer.model_max_length = 32
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_transformers_and_sentence_transformers_give_the_same_scores(checkpoint):
+    from sentence_transformers import CrossEncoder
+
+    pairs = make_pairs(40)
+    scores = Reranker.from_pretrained(checkpoint, device="cpu").score(pairs)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    inputs = tokenizer([q for q, _ in pairs], [p for _, p in pairs], padding=True, truncation=True, return_tensors="pt")
+    assert inputs["input_ids"].shape == (40, 32)
+    with torch.no_grad():
+        plain = model(**inputs).logits[:, 0].numpy()
+    np.testing.assert_allclose(scores, plain, atol=1e-5)
+    crossed = CrossEncoder(str(checkpoint), device="cpu").predict(pairs, show_progress_bar=False)
+    np.testing.assert_allclose(scores, crossed, atol=1e-5)
+    assert scores.std() > 0.1 and (scores < 0).any()  # not squashed
+
+
+def test_scores_do_not_depend_on_the_batch(checkpoint):
+    reranker = Reranker.from_pretrained(checkpoint)
+    pairs = make_pairs(30)
+    together = reranker.score(pairs)
+    np.testing.assert_allclose(reranker.score(pairs, batch_tokens=1), together, atol=1e-6)
+    np.testing.assert_array_equal(reranker.score(pairs), together)
+    assert together.dtype == np.float32
+    assert reranker.score([]).shape == (0,)
+
+
+def test_batches_keep_to_their_tokens_and_lose_no_pair():
+    pairs = make_pairs(50)
+    seen = []
+    for rows, batch in scoring_batches(build_tokenizer(), pairs, 64, 200):
+        assert len(rows) == 1 or batch["input_ids"].numel() <= 200
+        seen += rows.tolist()
+    assert sorted(seen) == list(range(50))
+
+
+def test_windows_of_pairs_score_as_one(checkpoint, monkeypatch):
+    reranker, pairs = Reranker.from_pretrained(checkpoint), make_pairs(20)
+    whole = reranker.score(pairs)
+    monkeypatch.setattr("lce_trainer.model.scoring.WINDOW", 6)
+    np.testing.assert_allclose(reranker.score(pairs), whole, atol=1e-6)
+
+
+def test_passages_are_ranked_from_the_best_down(checkpoint):
+    reranker = Reranker.from_pretrained(checkpoint)
+    passages = [passage for _, passage in make_pairs(8)]
+    ranked = reranker.rank("what is the moon", passages)
+    assert [item.score for item in ranked] == sorted((item.score for item in ranked), reverse=True)
+    assert sorted(item.index for item in ranked) == list(range(8))
+    assert all(item.passage == passages[item.index] for item in ranked)
+    assert reranker.rank("what is the moon", passages, top_k=3) == ranked[:3]
+
+
+def test_equal_passages_keep_their_order(checkpoint):
+    ranked = Reranker.from_pretrained(checkpoint).rank("moon", ["red", *["tree"] * 6])
+    assert [item.index for item in ranked if item.passage == "tree"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_weights_for_training_are_float32_whatever_was_saved(tmp_path):
+    build_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load_model(tmp_path).dtype == torch.float32
+    assert load_model(tmp_path, dtype="auto").dtype == torch.bfloat16
+
+
+def test_every_dropout_can_be_set(checkpoint):
+    model = load_model(checkpoint, dropout=0.25)
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
+    assert model.config.num_labels == 1 and model.config.id2label == {0: "LABEL_0"}
+
+
+def test_what_is_no_reranker_is_a_one_line_error(tmp_path, checkpoint):
+    with pytest.raises(TrainingError, match="no model at"):
+        load_model(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="needs the Python package"):
+        load_model("package:no_such_package_here/model")
+    config = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=3)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "three")
+    with pytest.raises(TrainingError, match="classifies into 3 labels; a reranker has one"):
+        load_model(tmp_path / "three")
+    with pytest.raises(TrainingError, match="the model reads 128 tokens at most"):
+        Reranker.from_pretrained(checkpoint, max_length=500)
+
+
+def test_padding_changes_no_score(checkpoint):
+    reranker = Reranker.from_pretrained(checkpoint)
+    ids = reranker.tokenizer("what is the moon", "red tree")["input_ids"]
+    padded = pad_pairs(reranker.tokenizer, EncodedPairs.of({"input_ids": [ids]}), multiple=32)
+    assert padded["input_ids"].shape[1] == 32
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            reranker.model(**padded).logits, reranker.model(input_ids=torch.tensor([ids])).logits, rtol=0, atol=1e-5
+        )

@@ -1,0 +1,331 @@
+import math
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+
+from helpers.fake_llm import FakeLLM
+from helpers.labeling import LIKELIHOOD, HashedJudge, label_file, scattered
+from helpers.paths import SHARED_DATA, TESTS
+from lce_trainer.errors import LabelError
+from lce_trainer.groups.schema import GROUPS_FEATURES, validate_groups
+from lce_trainer.synthesis.journal import Journal
+from lce_trainer.synthesis.labeling import LabelConfig, check_judge, label_candidates
+from lce_trainer.synthesis.prompts import Prompt
+from lce_trainer.synthesis.retrieval.bm25 import BM25Index
+from lce_trainer.synthesis.retrieval.mining import candidates
+
+VERDICT = Prompt("verdict.jinja", "Passage: {{ passage }}\nQuery: {{ query }}\nAnswered:")
+PASSAGES = datasets.Dataset.from_dict(
+    {"passage_id": list("abcdef"), "text": [f"{name} one two three" for name in "abcdef"]}
+)
+
+
+def mined(found, query_ids=("q",), source="a"):
+    n = len(query_ids)
+    return datasets.Dataset.from_dict(
+        {
+            "query_id": list(query_ids),
+            "query": [f"what is {query_id}" for query_id in query_ids],
+            "source_passage_id": [source] * n,
+            "passage_ids": [list(found)] * n,
+            "passages": [[f"{name} one two three" for name in found]] * n,
+            "retrievers": [["bm25"] * len(found)] * n,
+            "ranks": [list(range(1, len(found) + 1))] * n,
+        }
+    )
+
+
+def likelihoods(scores, query="what is q"):
+    return FakeLLM(
+        scores={
+            (LIKELIHOOD.render(passage=f"{name} one two three", examples=[]), f" {query}"): score
+            for name, score in scores.items()
+        }
+    )
+
+
+def verdicts(said):
+    return FakeLLM(
+        choices={
+            VERDICT.render(passage=f"{name} one two three", query="what is q", examples=[]): (
+                None if yes is None else [yes, 1 - yes]
+            )
+            for name, yes in said.items()
+        }
+    )
+
+
+def label(tmp_path, llm, config=None, *, found="abcdef", prompt=LIKELIHOOD, seed=0):
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        return label_candidates(mined(found), PASSAGES, llm, prompt, config or LabelConfig(), seed, journal)
+
+
+def test_what_explains_the_query_as_well_as_its_source_is_no_negative(tmp_path):
+    llm = likelihoods({"a": -2.0, "b": -3.0, "c": -1.5, "d": -2.0, "e": -2.1, "f": -4.0})
+    groups, counts, facts = label(tmp_path, llm)
+    assert groups.features == GROUPS_FEATURES
+    assert groups.to_list() == [
+        {
+            "query_id": "q",
+            "query": "what is q",
+            "passage_ids": ["a", "b", "e", "f"],
+            "passages": [f"{name} one two three" for name in "abef"],
+            "labels": [1.0, 0.0, 0.0, 0.0],
+            "scores": [np.float32(score) for score in (-2.0, -3.0, -2.1, -4.0)],
+        }
+    ]
+    assert counts == {
+        "queries": 1,
+        "pairs_judged": 6,
+        "promoted": 0,
+        "dropped_as_good_as_source": 2,
+        "negatives_not_taken": 0,
+        "groups_without_negative": 0,
+        "negatives": 3,
+        "groups": 1,
+    }
+    assert facts["source_judged_best"] == 0.0
+
+
+def test_margins_drop_what_is_near_and_promote_what_is_better(tmp_path):
+    llm = likelihoods({"a": -2.0, "b": -3.0, "c": -1.4, "d": -2.0, "e": -2.1, "f": -4.0})
+    groups, counts, _ = label(tmp_path, llm, LabelConfig(drop_margin=0.5, promote_margin=0.5))
+    assert groups["passage_ids"][0] == ["a", "c", "b", "f"]
+    assert groups["labels"][0] == [1.0, 1.0, 0.0, 0.0]
+    assert (counts["promoted"], counts["dropped_as_good_as_source"]) == (1, 2)
+
+
+def test_a_verdict_between_the_thresholds_or_none_is_dropped(tmp_path):
+    llm = verdicts({"a": 0.9, "b": 0.6, "c": 0.3, "d": None, "e": 0.45, "f": 0.0})
+    groups, counts, _ = label(tmp_path, llm, LabelConfig(judge="verdict"), prompt=VERDICT)
+    assert groups["passage_ids"][0] == ["a", "b", "c", "f"]
+    assert groups["labels"][0] == [1.0, 1.0, 0.0, 0.0]
+    assert groups["scores"][0] == [np.float32(score) for score in (0.9, 0.6, 0.3, 0.0)]
+    assert counts == {
+        "queries": 1,
+        "pairs_judged": 6,
+        "source_rejected": 0,
+        "promoted": 1,
+        "dropped_abstained": 1,
+        "dropped_undecided": 1,
+        "negatives_not_taken": 0,
+        "groups_without_negative": 0,
+        "negatives": 2,
+        "groups": 1,
+    }
+
+
+@pytest.mark.parametrize("source", [None, 0.59, 0.0])
+def test_a_query_whose_source_the_judge_rejects_is_dropped(tmp_path, source):
+    llm = verdicts({"a": source, "b": 0.0, "c": 0.9})
+    with pytest.raises(LabelError, match=r"no group is left .*1 source rejected"):
+        label(tmp_path, llm, LabelConfig(judge="verdict"), prompt=VERDICT, found="bc")
+
+
+def test_groups_without_a_negative_are_dropped_and_the_last_one_is_an_error(tmp_path):
+    llm = likelihoods({"a": -2.0, "b": -1.0})
+    with pytest.raises(LabelError, match=r"no group is left .*1 groups without negative"):
+        label(tmp_path, llm, found="b")
+
+
+def test_the_source_is_judged_though_the_retriever_missed_it(tmp_path):
+    groups, _, _ = label(tmp_path, likelihoods({"a": -1.0, "b": -2.0, "c": -3.0}), found="bc")
+    assert groups["passage_ids"][0] == ["a", "b", "c"]
+
+
+def test_candidates_of_another_corpus_are_an_error_that_names_the_row(tmp_path):
+    with pytest.raises(LabelError, match="candidates row 0 names a passage that is not among the 6 passages"):
+        label(tmp_path, likelihoods({}), found="bz")
+
+
+def test_a_score_that_is_not_finite_is_an_error_that_names_the_query(tmp_path):
+    with pytest.raises(LabelError, match="fake scored the query 'what is q' nan"):
+        label(tmp_path, likelihoods({"a": -1.0, "b": math.nan}), found="b")
+
+
+def test_a_long_passage_is_cut_for_the_judge_and_whole_in_the_group(tmp_path):
+    llm = FakeLLM(
+        scores={
+            (LIKELIHOOD.render(passage=f"{name} one", examples=[]), " what is q"): score
+            for name, score in {"a": -1.0, "b": -2.0}.items()
+        }
+    )
+    groups, _, _ = label(tmp_path, llm, LabelConfig(max_passage_words=2), found="b")
+    assert groups["passages"][0] == ["a one two three", "b one two three"]
+
+
+def test_no_more_candidates_are_judged_and_no_more_negatives_kept_than_asked_for(tmp_path):
+    passages, found = scattered(100)
+    config = LabelConfig(candidates=9, negatives=3, drop_margin=-9.0)
+    with Journal(tmp_path / "j") as journal:
+        groups, counts, _ = label_candidates(found, passages, HashedJudge(), LIKELIHOOD, config, 0, journal)
+    assert counts["pairs_judged"] == 9 * 100
+    assert {len(labels) for labels in groups["labels"]} == {4}
+    assert counts["negatives_not_taken"] == 5 * 100
+
+
+def test_groups_are_the_same_however_many_are_built_at_once(tmp_path, monkeypatch):
+    passages, found = scattered(60)
+    with Journal(tmp_path / "j") as journal:
+        whole, _, _ = label_candidates(found, passages, HashedJudge(), LIKELIHOOD, LabelConfig(), 0, journal)
+        monkeypatch.setattr("lce_trainer.synthesis.labeling._WINDOW", 7)
+        parts, _, _ = label_candidates(found, passages, HashedJudge(), LIKELIHOOD, LabelConfig(), 0, journal)
+    # Some queries have no negative, so windows and queries do not line up.
+    assert 40 < len(whole) < 60
+    assert parts.to_list() == whole.to_list()
+
+
+def test_nothing_to_judge_is_an_error(tmp_path):
+    with Journal(tmp_path / "j") as journal, pytest.raises(LabelError, match="no candidates to judge"):
+        label_candidates(mined("b").select([]), PASSAGES, FakeLLM(), LIKELIHOOD, LabelConfig(), 0, journal)
+
+
+@pytest.mark.parametrize("match_length", [True, False])
+def test_candidates_are_taken_from_the_top_and_from_deeper(tmp_path, match_length):
+    passages, found = scattered(100)
+    config = LabelConfig(negatives=11, drop_margin=-9.0, match_length=match_length)
+    with Journal(tmp_path / "j") as journal:
+        groups, _, _ = label_candidates(found, passages, HashedJudge(), LIKELIHOOD, config, 0, journal)
+    ranks = []
+    for row, mine in zip(groups, found, strict=True):
+        ranks.append([mine["passage_ids"].index(key) for key in row["passage_ids"] if key in mine["passage_ids"]])
+    flat = np.concatenate(ranks)
+    assert np.mean(flat < 12) > 0.45
+    assert np.mean(flat >= 25) > 0.2
+    assert np.mean([row[0] == 0 for row in ranks]) > 0.9
+
+
+def test_the_pool_of_a_query_does_not_depend_on_the_other_queries(tmp_path):
+    passages, found = scattered(60)
+    few, more = HashedJudge(), HashedJudge()
+    with Journal(tmp_path / "j") as journal:
+        label_candidates(found.select(range(40)), passages, few, LIKELIHOOD, LabelConfig(), 0, journal)
+        label_candidates(found, passages, more, LIKELIHOOD, LabelConfig(), 0, journal)
+    assert (few.asked, more.asked) == (40 * 12, 20 * 12)
+
+
+def test_killed_labeling_resumes_to_the_same_bytes(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    label_file(whole, None)
+    code = "import sys, pathlib, helpers.labeling; helpers.labeling.label_file(pathlib.Path(sys.argv[1]), 3)"
+    run = subprocess.run([sys.executable, "-c", code, str(killed)], cwd=TESTS, capture_output=True)
+    assert run.returncode == -9, run.stderr
+    assert 3 * 120 < len((killed / "asked.jsonl").read_text().splitlines()) <= 3 * 128
+    label_file(killed, None)
+    asked = (killed / "asked.jsonl").read_text().splitlines()
+    assert sorted(asked) == sorted((whole / "asked.jsonl").read_text().splitlines())
+    assert len(asked) == len(set(asked)) == 60 * 12
+    assert (killed / "groups.parquet").read_bytes() == (whole / "groups.parquet").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def medquad(tmp_path_factory):
+    """A part of MedQuAD, and what BM25 finds for the first sentences of 400 of its passages."""
+    corpus = SHARED_DATA / "medquad" / "corpus.parquet"
+    if not corpus.is_file():
+        pytest.skip(f"needs the MedQuAD corpus at {corpus}")
+    table = datasets.Dataset.from_parquet(str(corpus)).shuffle(seed=0).select(range(4000))
+    passages = table.rename_column("doc_id", "passage_id").select_columns(["passage_id", "text", "source"])
+    index = BM25Index.build(passages, tmp_path_factory.mktemp("bm25"))
+    return passages, index
+
+
+def first_sentences(passages, rows):
+    taken = passages.select(rows)
+    return datasets.Dataset.from_dict(
+        {
+            "query_id": [f"q{row}" for row in rows],
+            "query": [" ".join(text.partition(". ")[0].split()[:15]) for text in taken["text"]],
+            "source_passage_id": taken["passage_id"][:],
+        }
+    )
+
+
+def length_auc(medquad, rows, tmp_path, **options):
+    passages, index = medquad
+    found, _ = candidates(first_sentences(passages, rows), passages, index, 50)
+    judge = HashedJudge(options.pop("lean", 0.0))
+    with Journal(tmp_path / f"{sorted(options.items())}.jsonl") as journal:
+        groups, _, facts = label_candidates(found, passages, judge, LIKELIHOOD, LabelConfig(**options), 0, journal)
+    checked, counts = validate_groups(groups)
+    assert checked.to_list() == groups.to_list()
+    assert counts["groups"] > 0.8 * len(rows)
+    return facts["shortcut_auc"]
+
+
+@pytest.mark.parametrize("lean", [0.0, 0.2, -0.2])
+def test_length_does_not_tell_positives_from_negatives_on_medquad(medquad, tmp_path, lean):
+    probe = length_auc(medquad, np.random.default_rng(0).permutation(4000)[:400], tmp_path, lean=lean)
+    assert set(probe) == {"length", "words", "popularity", "source"}
+    assert probe["length"] < 0.55
+
+
+def test_matching_lengths_mends_sources_that_are_too_short(medquad, tmp_path):
+    lengths = np.array([len(text.split()) for text in medquad[0]["text"]])
+    short = np.flatnonzero(lengths < np.quantile(lengths, 0.4))
+    rows = np.random.default_rng(0).permutation(short)[:400]
+    naive = length_auc(medquad, rows, tmp_path, match_length=False)["length"]
+    matched = length_auc(medquad, rows, tmp_path, match_length=True)["length"]
+    assert naive > 0.7
+    assert matched < 0.6
+
+
+def test_a_judge_is_measured_on_what_people_labelled(tmp_path):
+    human = datasets.Dataset.from_dict(
+        {
+            "query_id": ["q", "r", "s"],
+            "query": ["what is q", "what is r", "what is s"],
+            "passages": [["a", "b", "c", "d"], ["a", "b"], ["a", "b"]],
+            "labels": [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0], [0.0, 0.0]],
+        }
+    )
+    said = {("a", "q"): -3.0, ("b", "q"): -1.0, ("c", "q"): -2.0, ("d", "q"): -0.5, ("a", "r"): -4.0, ("b", "r"): -5.0}
+    llm = FakeLLM(
+        scores={
+            (LIKELIHOOD.render(passage=text, examples=[]), f" what is {query}"): score
+            for (text, query), score in said.items()
+        }
+    )
+    with Journal(tmp_path / "j") as journal:
+        report = check_judge(human, llm, LIKELIHOOD, LabelConfig(), journal)
+        again = check_judge(human, FakeLLM(), LIKELIHOOD, LabelConfig(), journal)
+    # Pooled: -1 beats -3, -2, -5 and -4 beats -5, of 2 x 4 pairs. Within: 2 of 3 and 1 of 1.
+    assert (
+        report
+        == again
+        == {
+            "pairs": 6,
+            "queries": 2,
+            "auc": 0.5,
+            "auc_within_query": pytest.approx((2 / 3 + 1) / 2),
+            "first_is_right": 0.5,
+            "first_is_right_by_chance": pytest.approx((1 / 4 + 1 / 2) / 2),
+            "abstained": 0.0,
+        }
+    )
+
+
+def test_a_judge_that_abstains_gets_no_credit(tmp_path):
+    human = datasets.Dataset.from_dict(
+        {
+            "query_id": ["q"],
+            "query": ["what is q"],
+            "passages": [["a one two three", "b one two three"]],
+            "labels": [[1.0, 0.0]],
+        }
+    )
+    with Journal(tmp_path / "j") as journal:
+        llm = verdicts({"a": None, "b": None})
+        report = check_judge(human, llm, VERDICT, LabelConfig(judge="verdict"), journal)
+    assert (report["auc"], report["first_is_right"], report["abstained"]) == (0.5, 0.0, 1.0)
+
+
+def test_no_human_labels_to_compare_with_is_no_error(tmp_path):
+    human = datasets.Dataset.from_dict({"query": ["q"], "passages": [["a"]], "labels": [[1.0]]})
+    with Journal(tmp_path / "j") as journal:
+        assert check_judge(human, FakeLLM(), LIKELIHOOD, LabelConfig(), journal) == {"pairs": 0, "queries": 0}
