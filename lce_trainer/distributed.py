@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
-from transformers.integrations import deepspeed as hf_deepspeed
+
+from lce_trainer.compat import gradients_held_back, without_zero3_init
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +63,8 @@ def not_shared_out() -> Iterator[None]:
     Once its arguments ask for ZeRO-3, transformers would share out each weight as it comes: such a model cannot be
     looked at, and would be saved under the names that checkpoints of years ago had.
     """
-    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
+    with without_zero3_init():
         yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def most(accelerator: Accelerator, *counts: int) -> list[int]:
@@ -87,12 +84,8 @@ def with_the_others(accelerator: Accelerator, items: Iterator[T]) -> Iterator[T 
 def adding_up(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """A backward pass that is not the last of its step: its gradients are added to those to come."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        state, last = accelerator.gradient_state, accelerator.sync_gradients
-        state._set_sync_gradients(False)  # or accelerate would have DeepSpeed take the optimizer's step
-        try:
+        with gradients_held_back(accelerator.gradient_state):  # or DeepSpeed would take the optimizer's step
             yield
-        finally:
-            state._set_sync_gradients(last)
     elif in_lockstep(accelerator):
         yield  # each pass shares out its gradients: held back, they would be whole on every rank
     else:

@@ -10,6 +10,7 @@ import pytest
 
 import lce_trainer
 from helpers.paths import TESTS
+from lce_trainer import compat
 
 PACKAGE = Path(lce_trainer.__file__).parent
 # What each folder may import besides the base files, which import no folder. The pipeline stands above all of them.
@@ -109,6 +110,47 @@ def test_only_hub_uploads():
     for module in (module for module in MODULES if folder_of(module) != "hub"):
         text = FILES[module].read_text(encoding="utf-8")
         assert "HfApi" not in text and "upload_folder" not in text, module
+
+
+def test_private_names_of_other_libraries_stand_in_compat_alone():
+    """As far as source shows: a name is ours if some module here defines or assigns it."""
+    trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
+    listed = {name.path.rpartition(".")[2] for name in compat.NAMES}
+    parameters = {parameter for name in compat.NAMES for parameter in name.parameters or ()}
+    ours = set()
+    for node in (node for tree in trees.values() for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            ours.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_own(node.value):
+            ours.add(node.attr)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            ours.add(node.target.id)
+    found = []
+    for module in sorted(trees.keys() - {"compat"}):
+        for node in ast.walk(trees[module]):
+            if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lce_trainer"):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                found += [f"{module}:{node.lineno} imports {name}" for name in names if is_private(name)]
+            elif isinstance(node, ast.Call):
+                words = [word.arg for word in node.keywords if word.arg and is_private(word.arg)]
+                found += [f"{module}:{node.lineno} passes {word}" for word in words if word not in parameters]
+            elif isinstance(node, ast.Attribute) and is_private(node.attr):
+                # A base class's name is read through the instance or super(), and stands in the list.
+                allowed = listed | ours if is_own(node.value) else ours - listed
+                if ast.unparse(node.value) == "super()":
+                    allowed = listed
+                if node.attr not in allowed:
+                    found.append(f"{module}:{node.lineno} uses {ast.unparse(node)}")
+    assert not found, f"through an accessor of compat.py, or listed there: {found}"
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def is_own(node: ast.expr) -> bool:
+    """Whether an attribute is read from the instance or class whose method this is, or from an ``LCETrainer``."""
+    return ast.unparse(node) in ("self", "cls", "super()", "trainer")
 
 
 def test_help_does_not_wait_for_torch():

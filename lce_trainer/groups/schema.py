@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from datasets import Features, List, Value
 from datasets.fingerprint import update_fingerprint
 
+from lce_trainer.compat import fingerprint, row_selection
 from lce_trainer.errors import GroupsError
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,8 @@ def check_groups(groups: datasets.Dataset, name: str = "") -> datasets.Dataset:
     return datasets.Dataset(
         table,
         info=datasets.DatasetInfo(features=GROUPS_FEATURES),
-        indices_table=groups._indices,  # a selection of rows copies no text
-        fingerprint=update_fingerprint(groups._fingerprint, "check_groups", {}),  # or it would hash every byte
+        indices_table=row_selection(groups),  # a selection of rows copies no text
+        fingerprint=update_fingerprint(fingerprint(groups), "check_groups", {}),  # or it would hash every byte
     )
 
 
@@ -145,12 +146,13 @@ def arrow_table(table: datasets.Dataset) -> pa.Table:
     """The rows of a dataset, a selection or transform of it applied."""
     if table.format["type"] == "custom":  # set_transform
         table = datasets.Dataset.from_dict(table[:])
-    return table.flatten_indices().data.table if table._indices is not None else table.data.table
+    return table.flatten_indices().data.table if row_selection(table) is not None else table.data.table
 
 
 def _selection(table: datasets.Dataset) -> np.ndarray | None:
     """Rows of the underlying table that a dataset consists of; None if all, in their order."""
-    return None if table._indices is None else table._indices.column(0).to_numpy()
+    selected = row_selection(table)
+    return None if selected is None else selected.column(0).to_numpy()
 
 
 def _with_every_column(table: pa.Table, where: str) -> pa.Table:

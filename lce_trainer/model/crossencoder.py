@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
+from lce_trainer.compat import find_file
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.template import pair_template
 
@@ -114,9 +114,7 @@ def write_notes(folder: Path, answers: Sequence[int] | None, tokenizer: PreTrain
 def read_json(path: str, name: str) -> Any:
     """A JSON file of a Hub id or folder; None if there is none."""
     try:
-        found = cached_file(
-            path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
+        found = find_file(path, name)
     except OSError:  # no such repo or folder: said where its model is loaded
         return None
     return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))

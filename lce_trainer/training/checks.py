@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from lce_trainer.compat import use_one_gpu
 from lce_trainer.errors import ConfigError, GroupsError, TrainingError, shown
 from lce_trainer.groups.schema import check_groups, count_contradictions, validate_groups
 from lce_trainer.model.loading import longest_input, match_padding
@@ -260,4 +261,4 @@ def _one_device(args: LCETrainingArguments) -> None:
             "each by a process of its own",
             args.n_gpu,
         )
-        args._n_gpu = 1
+        use_one_gpu(args)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
+from lce_trainer.compat import prepared_models
 from lce_trainer.errors import EvaluationError, TrainingError, shown
 from lce_trainer.evaluation.metrics import ranking_metrics
 from lce_trainer.model.packed.packing import batch_scores
@@ -61,7 +62,7 @@ def measure_groups(trainer: Any, groups: datasets.Dataset, description: str, pre
 def _model_to_evaluate(trainer: Any) -> nn.Module:
     args = trainer.args
     model: nn.Module = trainer._wrap_model(trainer.model, training=False)
-    if not trainer.accelerator._models and model is trainer.model:  # evaluated before it was trained
+    if not prepared_models(trainer.accelerator) and model is trainer.model:  # evaluated before it was trained
         model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
     if not trainer.is_in_train and (args.fp16_full_eval or args.bf16_full_eval):
         dtype = torch.float16 if args.fp16_full_eval else torch.bfloat16

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lce_trainer.compat import flash_attention_forward
 from lce_trainer.model.packed.cpu import drawn
 
 logger = logging.getLogger(__name__)
@@ -250,7 +251,7 @@ def flash_attention(
     windows = (
         {} if window is None else {"window_size_left": window - 1, "window_size_right": 0 if causal else window - 1}
     )
-    context: Tensor = torch.ops.aten._flash_attention_forward(
+    context: Tensor = flash_attention_forward(
         query,
         key,
         value,

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lce_trainer.compat import fused_linear, has_forward_hooks
+
 
 class Replacement:
     """Stands on a module's instance for its class's ``forward``; can be copied and pickled with it."""
@@ -69,7 +71,7 @@ def is_plain(*layers: Any) -> bool:
     """Whether these are linear layers, and nobody counts on their being called, as DeepSpeed does to gather weights."""
     return all(
         type(layer) is nn.Linear
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not has_forward_hooks(layer)
         and isinstance(layer.__dict__.get("forward"), (FusedLinear, type(None)))
         for layer in layers
     )
@@ -142,7 +144,7 @@ def _goes_fused(states: Tensor, weight: Tensor) -> bool:
 def _fused(states: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """By the operation that ``torch.compile`` puts in for linear layers."""
     kind, algorithm = ("gelu", "none") if gelu else ("none", "")
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, kind, [], algorithm)
+    made: Tensor = fused_linear(states, weight, bias, kind, [], algorithm)
     return made
 
 

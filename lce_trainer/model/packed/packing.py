@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from lce_trainer.compat import attention_implementation
 from lce_trainer.model.families import Patch, family_of, first_position
 from lce_trainer.model.loading import longest_input
 from lce_trainer.model.packed.attention import Packing, make_packing, packed_attention, places_in_pairs
@@ -54,7 +55,7 @@ def enable_packing(model: PreTrainedModel) -> bool:
         return False
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
     AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
-    model._attention_when_padded = model.config._attn_implementation
+    model.attention_when_padded = attention_implementation(model.config)
     model.set_attn_implementation(PACKED_ATTENTION)
     speed_up(model)
     for module, packed in patches:
@@ -85,7 +86,7 @@ def _packed_answer(model: Any, *args: Any, packing: Packing, **kwargs: Any) -> S
 def packs(model: PreTrainedModel) -> bool:
     """Whether :func:`enable_packing` has made this model take packed rows."""
     model = _without_adapters(model)
-    by_config = model.config._attn_implementation == PACKED_ATTENTION
+    by_config = attention_implementation(model.config) == PACKED_ATTENTION
     # A config can be shared with a model that was never enabled.
     return by_config and any(isinstance(module.__dict__.get("forward"), _Packed) for module in model.modules())
 
@@ -98,7 +99,7 @@ def disable_packing(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), Replacement):
             del module.forward
-    model.set_attn_implementation(model._attention_when_padded)
+    model.set_attn_implementation(model.attention_when_padded)
 
 
 class _Packed(Replacement):

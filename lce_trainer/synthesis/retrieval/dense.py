@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
-from transformers.utils import cached_file
 
+from lce_trainer.compat import find_file
 from lce_trainer.errors import ConfigError
 from lce_trainer.hardware import best_device, multiplies_bfloat16
 from lce_trainer.names import resolve_model
@@ -91,12 +91,7 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[np.ndarray]:
 
 def _pooling(name: str) -> str:
     """How sentence-transformers pools this model; mean where it does not say."""
-    file = cached_file(
-        name,
-        "1_Pooling/config.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    file = find_file(name, "1_Pooling/config.json")
     if file is None:
         return "mean"
     config: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))

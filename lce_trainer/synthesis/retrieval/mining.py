@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
+from lce_trainer.compat import row_selection
 from lce_trainer.errors import ArtifactError
 from lce_trainer.settings import option
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
@@ -51,7 +52,7 @@ def candidates(
     if len(index) != len(passages):
         raise ArtifactError(f"the index holds {len(index)} passages, the table {len(passages)}: build the index again")
     asked = queries.select_columns(["query_id", "query", "source_passage_id"]).with_format("arrow")
-    table = (passages.flatten_indices() if passages._indices is not None else passages).data.table
+    table = (passages.flatten_indices() if row_selection(passages) is not None else passages).data.table
     counts = {"queries": len(queries), "queries_without_candidates": 0, "queries_with_source": 0, "candidates": 0}
     parts = [CANDIDATES_SCHEMA.empty_table()]
     with tqdm(total=len(queries), desc="mining", unit=" queries") as bar:
