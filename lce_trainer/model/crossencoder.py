@@ -25,7 +25,7 @@ _TYPES = (
 _NOT_RENDERED = {"restore_suffix", "padding", "truncation", "max_length", "return_tensors"}
 
 
-def apply_notes(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+def apply_prompt_settings(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Make the chat template, called alone, render pairs as ``CrossEncoder`` does with its notes.
 
     Args:
@@ -56,7 +56,7 @@ def apply_notes(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         tokenizer.chat_template = "".join(before) + '{{ "" }}' + tokenizer.chat_template
 
 
-def noted_answers(path: str) -> tuple[int, ...] | None:
+def logit_score_tokens(path: str) -> tuple[int, ...] | None:
     """The tokens that answer, yes first, by the ``LogitScore`` of a Hub id or folder; None if it has none.
 
     Raises:
@@ -73,7 +73,7 @@ def noted_answers(path: str) -> tuple[int, ...] | None:
     return None
 
 
-def write_notes(folder: Path, answers: Sequence[int] | None, tokenizer: PreTrainedTokenizerBase) -> None:
+def write_cross_encoder_files(folder: Path, answers: Sequence[int] | None, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make ``CrossEncoder`` score what is saved in a folder as we do, raw.
 
     Args:

@@ -205,12 +205,12 @@ def _attend_to_states(
     """
     heads, size = query.shape[1:]
     of_key, of_value = (layer.weight.to(query.dtype).view(heads, size, -1) for layer in (key, value))
-    asked = torch.einsum("phs,hsw->phw", query * scaling, of_key)
+    projected = torch.einsum("phs,hsw->phw", query * scaling, of_key)
     # Cancels in the softmax, but who waits for every parameter's gradient, as DDP does, waits for this one's.
     constant = (query * scaling * key.bias.to(query.dtype).view(heads, size)).sum(-1, keepdim=True)
     means, totals = [], []
     counts, sizes = [pairs for pairs, _ in packing.calls], [pairs * length for pairs, length in packing.calls]
-    parts = torch.split(asked, counts), torch.split(constant, counts), torch.split(tokens, sizes)
+    parts = torch.split(projected, counts), torch.split(constant, counts), torch.split(tokens, sizes)
     for part, same, rows in zip(*parts, strict=True):
         states = rows.view(len(part), -1, rows.shape[1])
         weights = functional.dropout((part @ states.transpose(1, 2) + same).softmax(-1), dropout)

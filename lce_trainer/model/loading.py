@@ -17,10 +17,10 @@ from transformers import (
 from lce_trainer.distributed import not_shared_out
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.adapters import load_merged
-from lce_trainer.model.crossencoder import apply_notes, noted_answers, read_json
+from lce_trainer.model.crossencoder import apply_prompt_settings, logit_score_tokens, read_json
 from lce_trainer.model.families import family_of, first_position, has_trained_head
-from lce_trainer.model.template import settle_template
-from lce_trainer.model.yes_no import answer_ids, is_language_model, note_answers, settle_answers
+from lce_trainer.model.template import configure_template
+from lce_trainer.model.yes_no import answer_ids, configure_answers, is_language_model, set_answer_ids
 from lce_trainer.names import resolve_model
 
 logger = logging.getLogger(__name__)
@@ -53,8 +53,8 @@ def load_model(
     if adapters := read_json(path, "adapter_config.json"):
         answering = adapters["task_type"] == "CAUSAL_LM"
         base = load_model(adapters["base_model_name_or_path"], dropout=dropout, dtype=dtype, yes_no=answering)
-        if answers := noted_answers(path):
-            note_answers(base.config, answers)
+        if answers := logit_score_tokens(path):
+            set_answer_ids(base.config, answers)
         return load_merged(base, path)
     config = load_config(name)
     if has_trained_head(config) and config.num_labels != 1:
@@ -101,7 +101,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     path = resolve_model(str(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        apply_notes(tokenizer, path)
+        apply_prompt_settings(tokenizer, path)
     except (OSError, ValueError) as error:
         raise TrainingError(f"no tokenizer at {str(name)!r}: {' '.join(str(error).split())}") from None
     if tokenizer.pad_token_id is None:
@@ -116,13 +116,13 @@ def match_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def configure_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """See to it that the tokenizer makes pairs as the model reads them, and both pad with one token.
 
     Raises:
         TrainingError: They do not fit together.
     """
-    _settle_pairs(model.config, tokenizer, is_language_model(model))
+    _configure_template(model.config, tokenizer, is_language_model(model))
     match_padding(model, tokenizer)
 
 
@@ -134,7 +134,7 @@ def pairing_tokenizer(name: str | Path, yes_no: bool | None = None) -> PreTraine
         ConfigError: The package of a ``package:`` name is missing.
     """
     config, tokenizer = load_config(name), load_tokenizer(name)
-    _settle_pairs(config, tokenizer, _answers(config, resolve_model(str(name)), yes_no) is not None)
+    _configure_template(config, tokenizer, _answers(config, resolve_model(str(name)), yes_no) is not None)
     return tokenizer
 
 
@@ -151,9 +151,9 @@ def _answers(config: PreTrainedConfig, path: str, yes_no: bool | None) -> tuple[
         raise TrainingError(f"{path} is {_kind(config)}, which cannot answer yes or no")
     if not writes or yes_no is False:
         return None
-    answers = answer_ids(config) or noted_answers(path)
+    answers = answer_ids(config) or logit_score_tokens(path)
     if answers is not None:
-        note_answers(config, answers)
+        set_answer_ids(config, answers)
     elif yes_no is None and "rerank" in path.lower():
         logger.warning(
             "%s does not say that it answers yes or no, so it gets a new head; pass yes_no=True if it does", path
@@ -161,11 +161,11 @@ def _answers(config: PreTrainedConfig, path: str, yes_no: bool | None) -> tuple[
     return answers or (() if yes_no else None)
 
 
-def _settle_pairs(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, answers: bool) -> None:
+def _configure_template(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, answers: bool) -> None:
     if answers:
-        settle_answers(tokenizer, config)
+        configure_answers(tokenizer, config)
     else:
-        settle_template(tokenizer, config)
+        configure_template(tokenizer, config)
 
 
 def _kind(config: PreTrainedConfig) -> str:

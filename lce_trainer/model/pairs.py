@@ -180,7 +180,7 @@ def _pair_layout(tokenizer: PreTrainedTokenizerBase, after: bytes | None, has_ty
     )
 
 
-def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> TokenLists:
+def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> TokenLists:
     """Token ids of texts, without special tokens."""
     backend = plain_backend(tokenizer)
     parts = (texts[start : start + _TEXTS] for start in range(0, len(texts), _TEXTS))
@@ -241,7 +241,7 @@ def encode_groups(
         pairs = [(query, text) for query, texts in zip(queries, passages, strict=True) for text in texts]
         return encode_by_template(tokenizer, template, pairs, max_length, max_query_length)
     texts = [text for texts in passages for text in texts]
-    found = tokenized(tokenizer, [*queries, *texts])
+    found = tokenize_texts(tokenizer, [*queries, *texts])
     return join_pairs(tokenizer, [found], list(map(len, passages)), max_length, max_query_length)
 
 

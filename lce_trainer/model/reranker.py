@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lce_trainer.errors import TrainingError
 from lce_trainer.hardware import best_device
-from lce_trainer.model.loading import load_model, load_tokenizer, longest_input, settle
+from lce_trainer.model.loading import configure_pairs, load_model, load_tokenizer, longest_input
 from lce_trainer.model.packed.packing import batch_scores, disable_packing, enable_packing
 from lce_trainer.model.saving import save_reranker
 from lce_trainer.model.scoring import score_pairs, tokens_at_once
@@ -56,7 +56,7 @@ class Reranker:
         """Wrap a loaded model; see :meth:`from_pretrained`."""
         self.model = model.eval()
         self.tokenizer = tokenizer
-        settle(model, tokenizer)
+        configure_pairs(model, tokenizer)
         limit = longest_input(model)
         self.max_length = max_length or min(tokenizer.model_max_length, limit)
         if self.max_length > limit:

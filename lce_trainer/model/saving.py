@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lce_trainer.model.crossencoder import RAW_SCORES, write_notes
+from lce_trainer.model.crossencoder import RAW_SCORES, write_cross_encoder_files
 from lce_trainer.model.yes_no import answers_of
 
 
@@ -18,13 +18,13 @@ def save_reranker(model: Any, tokenizer: PreTrainedTokenizerBase, max_length: in
         max_length: Tokens of a pair that it reads at most.
         folder: Made if it is missing.
     """
-    note_format(model, tokenizer, max_length)
+    set_scoring_config(model, tokenizer, max_length)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    add_notes(model, tokenizer, folder)
+    save_cross_encoder_files(model, tokenizer, folder)
 
 
-def note_format(model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+def set_scoring_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     """Write into config and tokenizer, before they are saved, how pairs are read and scored."""
     answers = answers_of(model)
     model.config.sentence_transformers = {**RAW_SCORES, **({"answer_ids": list(answers)} if answers else {})}
@@ -37,8 +37,8 @@ def note_format(model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int)
         backend.no_padding()
 
 
-def add_notes(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_cross_encoder_files(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write beside a saved model what ``CrossEncoder`` cannot tell from its config."""
     answers = answers_of(model)
     if answers is not None or hasattr(model, "peft_config"):
-        write_notes(folder, answers, tokenizer)
+        write_cross_encoder_files(folder, answers, tokenizer)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lce_trainer.distributed import in_lockstep, with_the_others
 from lce_trainer.errors import TrainingError
-from lce_trainer.model.pairs import EncodedPairs, encode_by_template, pad_pairs, pair_layout, tokenized
+from lce_trainer.model.pairs import EncodedPairs, encode_by_template, pad_pairs, pair_layout, tokenize_texts
 from lce_trainer.model.template import pair_template
 
 WINDOW = 16384  # pairs in memory at once, of all ranks together: bounds what texts and token ids take
@@ -184,7 +184,7 @@ def _encoder(
     layout = pair_layout(tokenizer)
     if max_length <= layout.overhead:
         raise TrainingError(f"max_length is {max_length}, but a pair has {layout.overhead} special tokens: raise it")
-    found = tokenized(tokenizer, list(places))
+    found = tokenize_texts(tokenizer, list(places))
     kept = longest_first(found.counts[rows], max_length - layout.overhead)
     texts = layout.with_separators([found])
     return kept.sum(axis=1) + layout.overhead, lambda some: layout.join(

@@ -62,7 +62,7 @@ def pair_template(tokenizer: PreTrainedTokenizerBase) -> PairTemplate | None:
     Raises:
         TrainingError: Its chat template loses the query or the passage, or puts the passage first.
     """
-    return None if tokenizer.chat_template is None else _taken_apart(tokenizer, str(tokenizer.chat_template))
+    return None if tokenizer.chat_template is None else _parse_template(tokenizer, str(tokenizer.chat_template))
 
 
 def pair_overhead(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -71,7 +71,7 @@ def pair_overhead(tokenizer: PreTrainedTokenizerBase) -> int:
     return template.overhead if template else int(tokenizer.num_special_tokens_to_add(pair=True))
 
 
-def settle_template(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+def configure_template(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """See to it that the tokenizer makes pairs which the model can read.
 
     A decoder without a trained head gets ``pair_template.jinja``, unless its chat template is
@@ -122,7 +122,7 @@ def _default_template() -> str:
 
 
 @lru_cache(maxsize=16)
-def _taken_apart(tokenizer: PreTrainedTokenizerBase, source: str) -> PairTemplate:
+def _parse_template(tokenizer: PreTrainedTokenizerBase, source: str) -> PairTemplate:
     """A tokenizer's chat template; ``source``, its text, makes the cache notice another one."""
     query, passage = "queryqzx", "passageqzx"
     for structured in (False, True):
@@ -132,7 +132,7 @@ def _taken_apart(tokenizer: PreTrainedTokenizerBase, source: str) -> PairTemplat
             template = PairTemplate(head, middle, tail, strips, structured)
             probe = ("  two words ", "\n a passage\n")
             if found and template.render(*probe) == _rendered(tokenizer, *probe, structured):
-                return _measured(tokenizer, template)
+                return _with_token_counts(tokenizer, template)
     raise TrainingError(
         "the tokenizer's chat template does not hold a query and then a document, each as it is, from messages of "
         f"these roles: {source[:200]!r}; set tokenizer.chat_template to one that does, like "
@@ -154,7 +154,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, query: str, passage: str, stru
         return ""
 
 
-def _measured(tokenizer: PreTrainedTokenizerBase, template: PairTemplate) -> PairTemplate:
+def _with_token_counts(tokenizer: PreTrainedTokenizerBase, template: PairTemplate) -> PairTemplate:
     """The template with its tokens, found as sentence-transformers finds them: by what two renderings share."""
     backend = plain_backend(tokenizer)
     texts = [template.render(text, text) for text in ("0", "1 2 3 4", "")]

@@ -101,7 +101,7 @@ def answer_ids(config: PreTrainedConfig) -> tuple[int, ...] | None:
     return None if ids is None else tuple(ids)
 
 
-def note_answers(config: PreTrainedConfig, answers: Sequence[int]) -> None:
+def set_answer_ids(config: PreTrainedConfig, answers: Sequence[int]) -> None:
     """Write into a config which tokens answer, yes first."""
     config.sentence_transformers = {
         **(getattr(config, "sentence_transformers", None) or {}),
@@ -115,7 +115,7 @@ def is_language_model(model: Any) -> bool:
     return "ForCausalLM" in type(base).__name__
 
 
-def settle_answers(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+def configure_answers(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """See to it that the config of a language model says which tokens answer, and the tokenizer how it is asked.
 
     Raises:
@@ -128,7 +128,7 @@ def settle_answers(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig)
                 "the tokenizer has no tokens 'yes' and 'no', so this language model cannot answer with one; load it as "
                 "AutoModelForSequenceClassification with num_labels=1, which gives it a new head"
             )
-        note_answers(config, ids)
+        set_answer_ids(config, ids)
         if not is_for_pairs(tokenizer):
             tokenizer.chat_template = question_template(tokenizer)
             logger.info("the language model is asked whether a document meets the query, and answers yes or no")

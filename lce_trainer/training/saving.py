@@ -8,7 +8,7 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 
 from lce_trainer.model.adapters import check_mergeable, merge_adapters
-from lce_trainer.model.saving import add_notes, save_reranker
+from lce_trainer.model.saving import save_cross_encoder_files, save_reranker
 from lce_trainer.training.arguments import LCETrainingArguments
 
 
@@ -64,7 +64,7 @@ def ready_to_push(trainer: Any) -> None:
     if args.should_save and (args.hub_always_push or push is None or push.is_done()):  # or none is made now
         if weights is not None:
             trainer._save(args.output_dir, weights)
-        add_notes(trainer.model, trainer.processing_class, Path(args.output_dir))
+        save_cross_encoder_files(trainer.model, trainer.processing_class, Path(args.output_dir))
 
 
 def save_merged(trainer: Any, folder: Path) -> None:

@@ -15,9 +15,9 @@ from lce_trainer.distributed import pass_overhead, shard_by_layer
 from lce_trainer.errors import TrainingError
 from lce_trainer.evaluation.metrics import mean_over_sets
 from lce_trainer.model.adapters import add_adapters, keep_trainable
-from lce_trainer.model.loading import load_model, load_tokenizer, settle
+from lce_trainer.model.loading import configure_pairs, load_model, load_tokenizer
 from lce_trainer.model.packed.packing import disable_packing, enable_packing, packed_scores, packs, padded_scores
-from lce_trainer.model.saving import add_notes, note_format
+from lce_trainer.model.saving import save_cross_encoder_files, set_scoring_config
 from lce_trainer.training import saving
 from lce_trainer.training.arguments import LCETrainingArguments, show_messages
 from lce_trainer.training.checkpoints import checkpoint_to_resume, final_state, save_at_step_ends, sealed_checkpoint
@@ -352,10 +352,10 @@ class LCETrainer(Trainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A plain checkpoint that every loader scores alike; settings as JSON, never as a pickle."""
         folder = Path(output_dir or self.args.output_dir)
-        note_format(self.model, self.processing_class, self.args.max_length)
+        set_scoring_config(self.model, self.processing_class, self.args.max_length)
         super()._save(str(folder), state_dict)
         if self.args.should_save:
-            add_notes(self.model, self.processing_class, folder)
+            save_cross_encoder_files(self.model, self.processing_class, folder)
             saving.write_settings(self.args, folder)
 
     def save_merged(self, output_dir: str | Path) -> None:
@@ -392,7 +392,7 @@ def prepare(
     if tokenizer is None:
         raise TrainingError("pass the tokenizer as processing_class, or the model by its name")
     if model is not None:
-        settle(model, tokenizer)
+        configure_pairs(model, tokenizer)
         keep_trainable(model)
         if peft_config is not None:
             set_seed(args.seed)

@@ -6,7 +6,7 @@ from helpers.tiny import ids_of_pairs
 from helpers.tiny_models import DECODERS, tiny_config, tiny_tokenizer
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.pairs import encode_by_template, encode_groups
-from lce_trainer.model.template import pair_template, settle_template
+from lce_trainer.model.template import configure_template, pair_template
 from lce_trainer.training.collator import GroupCollator
 
 CHATML = (
@@ -25,7 +25,7 @@ def decoder_tokenizer(family: str = "qwen3", chat_template: str | None = None, *
     tokenizer = tiny_tokenizer(family)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.chat_template = chat_template
-    settle_template(tokenizer, tiny_config(family, **settings))
+    configure_template(tokenizer, tiny_config(family, **settings))
     return tokenizer
 
 
@@ -89,7 +89,7 @@ def test_a_reranker_without_any_template_joins_its_texts_and_says_so(caplog):
 def test_an_encoder_keeps_its_separators_whatever_chats_look_like():
     tokenizer = tiny_tokenizer("bert")
     tokenizer.chat_template = CHATML
-    settle_template(tokenizer, tiny_config("bert"))
+    configure_template(tokenizer, tiny_config("bert"))
     assert pair_template(tokenizer) is None
 
 

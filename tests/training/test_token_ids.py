@@ -19,7 +19,7 @@ from helpers.token_ids import TRIPLETS, settings
 from lce_trainer.errors import TrainingError
 from lce_trainer.groups.convert import to_groups
 from lce_trainer.model.pairs import pair_layout
-from lce_trainer.model.template import settle_template
+from lce_trainer.model.template import configure_template
 from lce_trainer.training.collator import GroupCollator
 from lce_trainer.training.sampling import EpochGroups, GroupSampler
 from lce_trainer.training.streaming import training_rows
@@ -204,7 +204,7 @@ def test_texts_are_tokenized_as_they_come_on_a_cpu_and_under_a_template(tmp_path
     rows = training_rows(some_groups(), build_tokenizer(), 4, settings(tmp_path, use_cpu=True))
     assert isinstance(rows, EpochGroups) and rows[0, 0]["query"] == "what"
     tokenizer = tiny_tokenizer("qwen3")
-    settle_template(tokenizer, tiny_config("qwen3"))
+    configure_template(tokenizer, tiny_config("qwen3"))
     with caplog.at_level(logging.WARNING, "lce_trainer"):
         assert token_ids(some_groups(), tokenizer, settings(tmp_path, pretokenize=True)) is None
     assert "tokenized as one text" in caplog.text

@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lce_trainer.compat import flash_attention_forward
-from lce_trainer.model.packed.cpu import drawn
+from lce_trainer.model.packed.cpu import draw_dropout
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def _attend_by_products(
     bias = q.new_zeros(()) if mask is None else torch.where(mask, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
     scale = size**-0.5 if scaling is None else scaling
     weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1)
-    dropped, part = drawn(weights.shape, dropout)
+    dropped, part = draw_dropout(weights.shape, dropout)
     kept = torch.where(dropped, weights.new_zeros(()), weights)
     return torch.bmm(kept, v).div(1 - part).view(pairs, heads, queries, size)
 

@@ -43,7 +43,7 @@ class BulkDropout(Replacement):
         p = float(self.module.p)
         if not self.module.training or not 0 < p < 1 or states.device.type != "cpu":
             return functional.dropout(states, p, self.module.training)
-        dropped, part = drawn(states.shape, p)
+        dropped, part = draw_dropout(states.shape, p)
         kept: Tensor = states * (~dropped).to(states.dtype).div_(1 - part)
         return kept
 
@@ -109,7 +109,7 @@ class _Linear(torch.autograd.Function):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def drawn(shape: torch.Size, dropout: float) -> tuple[Tensor, float]:
+def draw_dropout(shape: torch.Size, dropout: float) -> tuple[Tensor, float]:
     """What dropout drops, True where dropped, and the part of it that is expected.
 
     Drawn by numpy under a seed from torch's generator, so whoever sets that gets the same again.

@@ -17,7 +17,7 @@ from helpers.packed import CONFIGS, LENGTHS, SHIFTED, SMALL, STILL, make_batch, 
 from helpers.tiny import WORDS, build_model
 from lce_trainer.model.packed.packing import _filler, disable_packing, enable_packing, pack_pairs, packs
 from lce_trainer.model.packed.packing import packed_scores as scores_of
-from lce_trainer.model.yes_no import note_answers, pair_logits
+from lce_trainer.model.yes_no import pair_logits, set_answer_ids
 
 
 def packed_scores(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_a_packed_language_model_answers_as_a_padded_one(family):
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=torch.float64).eval()
     assert not enable_packing(model)  # nothing says how it answers
-    note_answers(model.config, [7, 9])
+    set_answer_ids(model.config, [7, 9])
     batch = make_batch(model)
     padded = pair_logits(model, batch, model)
     wanted = gradients(model, padded)
