@@ -1,24 +1,40 @@
 """What a stage leaves behind: parquet files, and a manifest written last.
 
 A folder whose manifest is missing or does not match its files is unfinished work. A manifest
-holds no clock time and no path of a machine, so the same inputs give the same bytes.
+holds no clock time and no path of a machine, so the same inputs give the same bytes. What is read
+is verified by its SHA-256, once per process.
 """
 
+import errno
+import functools
 import hashlib
 import json
 import os
+import secrets
+import shutil
+import tempfile
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.arrow_writer import ArrowWriter
 
 from lce_trainer.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 _LIBRARIES = ("lce-trainer", "datasets", "transformers", "torch")
+_ARROW = "data.arrow"
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+# SHA-256 of each file that this process has read whole, by path, size and time of its last change in nanoseconds.
+_HASHED: dict[tuple[str, int, int], str] = {}
+_CLOCK_TICK = 10**8  # nanoseconds; a file that changed so recently may change again and keep its time
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,18 @@ def file_sha256(path: Path) -> str:
     return sha256.hexdigest()
 
 
+def _sha256_once(path: Path) -> str:
+    """SHA-256 of a file, computed again only if the file has changed since this process computed it."""
+    stat = path.stat()
+    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    if key not in _HASHED:
+        sha256 = file_sha256(path)
+        if time.time_ns() - stat.st_mtime_ns < _CLOCK_TICK:
+            return sha256
+        _HASHED[key] = sha256
+    return _HASHED[key]
+
+
 def content_digest(path: Path) -> str:
     """Digest of a file, or of a folder's files and their names, wherever it lies; 16 hex digits."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
@@ -93,6 +121,7 @@ def save_artifact(
     """
     path.mkdir(parents=True, exist_ok=True)
     (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path / ".cache", ignore_errors=True)  # of the tables before these
     for split, table in tables.items():
         part = path / f".{split}.parquet.part"
         table.to_parquet(part)
@@ -134,16 +163,25 @@ def write_manifest(
         facts=dict(facts or {}),
     )
     part = path / f".{MANIFEST}.part"
+    record = asdict(manifest)
     with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n")
+        file.write(json.dumps({**record, "sha256": _own_sha256(record)}, indent=2, sort_keys=True) + "\n")
         file.flush()
         os.fsync(file.fileno())
     part.replace(path / MANIFEST)
     return manifest
 
 
+def _own_sha256(record: Mapping[str, Any]) -> str:
+    """SHA-256 of what a manifest says, as hex."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(path: Path, kind: str | None = None) -> Manifest:
-    """The manifest of a finished artifact, its files checked against it by size.
+    """The manifest of a finished artifact, its files verified by size and SHA-256.
+
+    Each file is read whole once per process, and again only if it has changed. A manifest that was written before
+    manifests carried a SHA-256 of their own is taken as it is.
 
     Raises:
         ArtifactError: The folder is missing, unfinished, damaged, or holds another kind.
@@ -153,25 +191,49 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
         what = "is unfinished (it has no manifest.json)" if path.is_dir() else "does not exist"
         raise ArtifactError(f"{path} {what}: run the stage that makes it first")
     try:
-        manifest = Manifest(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        own = record.pop("sha256", None)
+        damaged = own is not None and own != _own_sha256(record)
+        manifest = Manifest(**record)
+        sizes = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest.files.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ArtifactError(f"{file} is not a manifest: {error}") from None
+    if damaged:
+        raise ArtifactError(f"{file} is damaged (its SHA-256 does not match): delete it and run its stage again")
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(f"{path} holds {manifest.kind}, not {kind}")
-    for name, facts in manifest.files.items():
+    for name, (size, sha256) in sizes.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ArtifactError(f"{file} is not a manifest: it names {name!r}, which lies outside its folder")
         have = (path / name).stat().st_size if (path / name).is_file() else None
-        if have != facts["bytes"]:
+        if have != size:
             raise ArtifactError(
-                f"{path / name} has {have} bytes where its manifest says {facts['bytes']}: "
-                f"delete {path} and run its stage again"
+                f"{path / name} has {have} bytes where its manifest says {size}: delete it and run its stage again"
+            )
+        if _sha256_once(path / name) != sha256:
+            raise ArtifactError(
+                f"{path / name} is damaged (its SHA-256 is not the one in its manifest): "
+                "delete it and run its stage again"
             )
     return manifest
 
 
-def why_stale(path: Path, kind: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str | None:
-    """Why a stage has to run: None when its artifact is already there, made from the same things."""
+def why_stale(
+    path: Path, kind: str, config: Mapping[str, Any], inputs: Mapping[str, str], parts: Iterable[str] = ()
+) -> str | None:
+    """Why a stage has to run: None when its artifact is already there, whole, made from the same things.
+
+    Args:
+        path: The artifact's folder.
+        kind: Which artifact.
+        config: The settings that shape it.
+        inputs: Digest of each artifact it is made from, by kind.
+        parts: Folders in it that have manifests of their own.
+    """
     try:
         manifest = read_manifest(path, kind)
+        for part in parts:
+            read_manifest(path / part)
     except ArtifactError as error:
         return str(error)
     wanted = json.loads(json.dumps(dict(config)))
@@ -184,7 +246,9 @@ def why_stale(path: Path, kind: str, config: Mapping[str, Any], inputs: Mapping[
 
 
 def load_table(path: Path, kind: str, split: str = "train") -> datasets.Dataset:
-    """One table of a finished artifact, memory-mapped from an Arrow cache beside it.
+    """One table of a finished artifact, memory-mapped from an Arrow file in ``.cache`` beside it.
+
+    Where the folder is not writable the Arrow file lies in a temporary folder that ends with the process.
 
     Raises:
         ArtifactError: As :func:`read_manifest`, or there is no such split.
@@ -193,5 +257,42 @@ def load_table(path: Path, kind: str, split: str = "train") -> datasets.Dataset:
     name = f"{split}.parquet"
     if name not in manifest.files:
         raise ArtifactError(f"{path} has no split {split!r}, only {', '.join(sorted(manifest.files))}")
-    cache = path / ".cache" / manifest.files[name]["sha256"][:16]
-    return datasets.Dataset.from_parquet(str(path / name), cache_dir=str(cache))
+    key = manifest.files[name]["sha256"][:16]
+    try:
+        folder = _unpack(path / name, path / ".cache" / key)
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        folder = _unpack(path / name, Path(_temporary_folder().name) / key)
+    return datasets.Dataset.from_file(str(folder / _ARROW))
+
+
+def _unpack(parquet: Path, folder: Path) -> Path:
+    """The folder of a parquet file's Arrow file, which is written unless it is there and verifies."""
+    with suppress(ArtifactError):
+        read_manifest(folder, "arrow")
+        return folder
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    part.mkdir(parents=True)
+    try:
+        rows = pq.ParquetFile(parquet)
+        features = datasets.Features.from_arrow_schema(rows.schema_arrow)
+        with ArrowWriter(features=features, path=str(part / _ARROW)) as writer:
+            for batch in rows.iter_batches():
+                writer.write_table(pa.Table.from_batches([batch]))
+            writer.finalize()
+        write_manifest(part, [_ARROW], kind="arrow", config={}, inputs={}, counts={})
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            part.rename(folder)
+        except OSError:
+            read_manifest(folder, "arrow")  # another process of this command was faster
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
+    """The folder for what cannot be written beside the data; it is deleted when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="lce-trainer-")

@@ -70,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", type=Path, help="the recipe, a YAML file")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
         command.add_argument("-v", "--verbose", action="store_true", help="log more, tracebacks included")
+        command.add_argument(
+            "--no-wait", action="store_true", help="fail if another command works in the run folder, do not wait for it"
+        )
         if name == "publish":
             command.add_argument("--dry-run", action="store_true", help="list what would go, and send nothing")
     return parser
@@ -103,8 +106,9 @@ def _run(arguments: argparse.Namespace) -> int:
     transformers.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # type: ignore[attr-defined]  # the line before takes those of downloads along
     datasets.disable_progress_bars()
-    with logging_redirect_tqdm():
-        return _run_stages(arguments, open_run(arguments.recipe, arguments.overrides))
+    run = open_run(arguments.recipe, arguments.overrides)
+    with logging_redirect_tqdm(), run.held(wait=not arguments.no_wait):
+        return _run_stages(arguments, run)
 
 
 def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:

@@ -1,6 +1,11 @@
+import hashlib
+import json
+import os
+
 import pytest
 from datasets import Dataset
 
+from lce_trainer import artifacts
 from lce_trainer.artifacts import MANIFEST, load_table, read_manifest, save_artifact, why_stale
 from lce_trainer.errors import ArtifactError
 
@@ -58,3 +63,66 @@ def test_only_a_change_that_shapes_it_makes_an_artifact_stale(tmp_path):
     assert "max_words" in why_stale(tmp_path / "a", "passages", {"max_words": 4, "overlap": (1, 2)}, {})
     assert "other inputs" in why_stale(tmp_path / "a", "passages", {"max_words": 3, "overlap": [1, 2]}, {"x": "1"})
     assert "does not exist" in why_stale(tmp_path / "b", "passages", {}, {})
+
+
+def test_a_flipped_byte_is_found_in_a_table_and_in_the_manifest(tmp_path):
+    save(tmp_path / "a")
+    for name in ("train.parquet", MANIFEST):
+        file = tmp_path / "a" / name
+        whole = file.read_bytes()
+        for place in range(0, len(whole), 7):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            # A flip in the white space of a manifest changes nothing that is read.
+            try:
+                found = read_manifest(tmp_path / "a")
+            except ArtifactError as error:
+                assert str(file) in str(error)
+                continue
+            assert name == MANIFEST
+            file.write_bytes(whole)
+            assert found == read_manifest(tmp_path / "a")
+        file.write_bytes(whole)
+
+
+def test_a_file_is_read_whole_once(tmp_path, monkeypatch):
+    read = []
+    hashed = artifacts.file_sha256
+    monkeypatch.setattr(artifacts, "file_sha256", lambda path: read.append(path.name) or hashed(path))
+    save(tmp_path / "a")
+    file = tmp_path / "a" / "train.parquet"
+    os.utime(file, (1, 1))
+    read.clear()
+    for _ in range(3):
+        read_manifest(tmp_path / "a")
+    assert read == ["train.parquet"]
+    file.write_bytes(file.read_bytes()[::-1])
+    with pytest.raises(ArtifactError, match=r"train\.parquet is damaged"):
+        read_manifest(tmp_path / "a")
+
+
+def test_a_damaged_arrow_file_is_written_again(tmp_path):
+    save(tmp_path / "a")
+    load_table(tmp_path / "a", "passages")
+    (arrow,) = (tmp_path / "a" / ".cache").rglob("*.arrow")
+    whole = arrow.read_bytes()
+    arrow.write_bytes(whole.replace(b"red fish", b"bed fish"))
+    assert load_table(tmp_path / "a", "passages").to_list() == TABLE.to_list()
+    assert arrow.read_bytes() == whole
+
+
+def test_a_table_has_the_same_fingerprint_each_time_so_that_what_is_derived_from_it_is_reused(tmp_path):
+    save(tmp_path / "a")
+    assert load_table(tmp_path / "a", "passages")._fingerprint == load_table(tmp_path / "a", "passages")._fingerprint
+
+
+@pytest.mark.parametrize("name", ["../other.txt", "/etc/hostname", "deep/../../other.txt"])
+def test_a_manifest_cannot_name_files_outside_its_folder(name, tmp_path):
+    save(tmp_path / "a")
+    (tmp_path / "other.txt").write_text("secret")
+    file = tmp_path / "a" / MANIFEST
+    record = json.loads(file.read_text())
+    record["files"][name] = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
+    del record["sha256"]
+    file.write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match="lies outside its folder"):
+        read_manifest(tmp_path / "a")

@@ -1,16 +1,22 @@
-"""A recipe being run: where its artifacts are, and which of them have to be made."""
+"""A recipe being run: where its artifacts are, which of them have to be made, and who works in its folder."""
 
+import errno
+import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from filelock import FileLock, Timeout
 
 from lce_trainer.artifacts import (
     MANIFEST,
@@ -35,7 +41,15 @@ logger = logging.getLogger(__name__)
 Tables = Mapping[str, datasets.Dataset]
 Made = tuple[Tables, Mapping[str, int], Mapping[str, Any]]  # tables, counts, facts
 
-_MADE_BY = {"passages": "generate", "queries": "generate", "candidates": "mine", "groups": "label"}
+_MADE_BY = {
+    "passages": "generate",
+    "queries": "generate",
+    "candidates": "mine",
+    "groups": "label",
+    "evaluation": "evaluate",
+}
+_LOCK, _HOLDER = ".lock", ".lock.json"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP}  # of some network file systems
 
 
 @dataclass
@@ -81,12 +95,14 @@ class Run:
             ArtifactError: It is missing, unfinished or damaged; names the stage that makes it.
         """
         folder = self.root / name
+        stage = _MADE_BY.get(name, "train")
         if not (folder / MANIFEST).is_file():
             what = "is unfinished" if folder.is_dir() else "does not exist"
-            raise ArtifactError(
-                f"{folder} {what}: run lce-trainer {_MADE_BY.get(name, 'train')} with this recipe first"
-            )
-        return read_manifest(folder, name)
+            raise ArtifactError(f"{folder} {what}: run lce-trainer {stage} with this recipe first")
+        try:
+            return read_manifest(folder, name)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error} (lce-trainer {stage})") from None
 
     def prompt(self, name: str) -> Prompt:
         """A prompt of the package by name, or a file of the recipe's."""
@@ -100,8 +116,45 @@ class Run:
         """Digest of each file or folder that the recipe names, so that an edited one counts as changed."""
         return {path: content_digest(self.find(path)) for path in paths if path and self.find(path).exists()}
 
-    def make(self, name: str, config: Mapping[str, Any], inputs: Sequence[str], work: Callable[[], Made]) -> None:
-        """Make an artifact, unless it is there, made from the same things.
+    @contextmanager
+    def held(self, wait: bool = True) -> Iterator[None]:
+        """Hold the run folder, in which one command works at a time; the ranks of one command hold it together.
+
+        A folder that this process may not write into is not held: nothing can be changed in it.
+
+        Args:
+            wait: Wait until another command is done; otherwise that is an error.
+
+        Raises:
+            ArtifactError: Another command holds the folder, and ``wait`` is False.
+        """
+        if self.root.is_dir() and not os.access(self.root, os.W_OK):
+            yield
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock, complaint = FileLock(self.root / _LOCK), None
+        try:
+            if processes().is_main_process:
+                complaint = _hold(lock, self.root, wait)
+            complaint = broadcast_object_list([complaint])[0]  # the other ranks go on when the first one may
+            if complaint is not None:
+                raise ArtifactError(complaint)
+            yield
+        finally:
+            if lock.is_locked:
+                with suppress(OSError):
+                    (self.root / _HOLDER).unlink(missing_ok=True)
+                lock.release()
+
+    def make(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        inputs: Sequence[str],
+        work: Callable[[], Made],
+        parts: Sequence[str] = (),
+    ) -> None:
+        """Make an artifact, unless it is there and whole, made from the same things.
 
         Of several processes one works, and the others wait until it is done.
 
@@ -110,11 +163,12 @@ class Run:
             config: The settings that shape it.
             inputs: Names of the artifacts it is made from.
             work: Makes it.
+            parts: Folders in the artifact's that ``work`` writes, with manifests of their own.
         """
         shape = {**config, "seed": self.recipe.seed}
         digests = {kind: self.manifest(kind).digest for kind in inputs}
         with processes().main_process_first():
-            if not is_stale(self.root / name, name, shape, digests):
+            if not is_stale(self.root / name, name, shape, digests, parts):
                 return
             tables, counts, facts = work()
             if not all(map(len, tables.values())):
@@ -124,6 +178,35 @@ class Run:
             logger.info("%s: %s", name, ", ".join(said))
 
 
+def _hold(lock: FileLock, root: Path, wait: bool) -> str | None:
+    """Acquire the lock of a run folder; returns who holds it if that is another command, and it is not waited for."""
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        busy = f"{root} is in use by {_holder(root)}"
+        if not wait:
+            return f"{busy}: wait until it is done, or stop it"
+        logger.warning("%s: waiting until it is done", busy)
+        lock.acquire(poll_interval=0.2)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning("%s cannot be locked (%s): do not start a second command in it", root, error.strerror)
+        return None
+    me = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+    with suppress(OSError):  # a full disk: the lock holds, and only its holder's name is missing
+        (root / _HOLDER).write_text(json.dumps(me) + "\n", encoding="utf-8")
+    return None
+
+
+def _holder(root: Path) -> str:
+    """Who holds a run folder."""
+    try:
+        return "process {pid} on {host} since {since}".format_map(json.loads((root / _HOLDER).read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
 def processes() -> PartialState:
     """The processes of this command, one unless ``accelerate launch`` started more."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or best_device().type == "cpu"
@@ -131,9 +214,11 @@ def processes() -> PartialState:
     return PartialState(cpu=on_cpu, timeout=timedelta(hours=24))
 
 
-def is_stale(folder: Path, name: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
-    """Whether a stage has work to do; says why in the log."""
-    stale = why_stale(folder, name, config, inputs)
+def is_stale(
+    folder: Path, name: str, config: Mapping[str, Any], inputs: Mapping[str, str], parts: Sequence[str] = ()
+) -> bool:
+    """Whether a stage has work to do; logs why. The arguments are those of ``artifacts.why_stale``."""
+    stale = why_stale(folder, name, config, inputs, parts)
     if stale is None:
         logger.info("%s: already made, in %s", name, folder)
     elif (folder / "manifest.json").exists():

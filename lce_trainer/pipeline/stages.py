@@ -78,7 +78,8 @@ def read_corpus(run: Run) -> None:
         BM25Index.build(passages.table, run.root / "passages" / "bm25")
         return {"train": passages.table}, passages.counts, {"merged": passages.merged}
 
-    run.make("passages", {**asdict(config), "contents": run.contents((config.source, config.script))}, (), work)
+    shape = {**asdict(config), "contents": run.contents((config.source, config.script))}
+    run.make("passages", shape, (), work, parts=("bm25",))
 
 
 def generate(run: Run) -> None:

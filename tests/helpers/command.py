@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +45,18 @@ def command(*arguments: str | Path, log: Path, die: Moment | None = None) -> tup
     Returns:
         Exit status, negative for a signal, and what it printed.
     """
+    return ended(started(*arguments, log=log, die=die), log)
+
+
+def started(*arguments: str | Path, log: Path, die: Moment | None = None) -> BaseProcess:
+    """Start one command; the arguments are those of :func:`command`."""
     process = _FORKS.Process(target=_run, args=(list(map(str, arguments)), str(log), die))
     process.start()
+    return process
+
+
+def ended(process: BaseProcess, log: Path) -> tuple[int, str]:
+    """Wait for the end of a command that was started; returns as :func:`command`."""
     process.join(timeout=280)
     assert process.exitcode is not None, f"still running: {log.read_text()[-2000:]}"
     return process.exitcode, log.read_text(encoding="utf-8")

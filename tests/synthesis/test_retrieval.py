@@ -132,14 +132,19 @@ def test_an_index_that_is_missing_unfinished_or_damaged_says_so(tmp_path: Path) 
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="unfinished"):
         BM25Index.load(tmp_path)
-    (tmp_path / "manifest.json").write_text(manifest.replace('"passages": 6', '"passages": 7'))
+    other = manifest.replace('"passages": 6', '"passages": 7')
+    (tmp_path / "manifest.json").write_text(other)
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged"):
+        BM25Index.load(tmp_path)
+    earlier = {key: value for key, value in json.loads(other).items() if key != "sha256"}  # written by an old version
+    (tmp_path / "manifest.json").write_text(json.dumps(earlier))
     with pytest.raises(ArtifactError, match="holds 6 passages where its manifest says 7"):
         BM25Index.load(tmp_path)
     (tmp_path / "manifest.json").write_text(manifest)
     BM25Index.load(tmp_path)
     data = tmp_path / "data.csc.index.npy"
     data.write_bytes(b"x" * data.stat().st_size)
-    with pytest.raises(ArtifactError, match="is not a BM25 index"):
+    with pytest.raises(ArtifactError, match=r"data\.csc\.index\.npy is damaged"):
         BM25Index.load(tmp_path)
     data.unlink()
     with pytest.raises(ArtifactError, match=r"data\.csc\.index\.npy"):
