@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command import command
-from test_stages import contents
-from tiny_recipe import ARTIFACTS, Finished
 
+from helpers.command import command
+from helpers.tiny_recipe import ARTIFACTS, Finished, contents
 from lce_trainer.artifacts import MANIFEST, read_manifest
 from lce_trainer.errors import ArtifactError
 

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from command import Moment, command, ended, started
-from test_stages import assert_same_run, contents
-from tiny_recipe import ARTIFACTS
+
+from helpers.command import Moment, command, ended, started
+from helpers.tiny_recipe import ARTIFACTS, assert_same_run, contents
 
 SETTINGS = ("train.warm_start.pairs=0", "train.max_steps=4", "evaluate.bi_encoder=null")
 # What each command makes, besides what the commands before it make.

@@ -99,6 +99,20 @@ def write_recipe(folder: Path) -> Path:
     return recipe
 
 
+def contents(root: Path) -> dict[str, bytes]:
+    """What a run leaves, journals included; neither the Arrow caches nor the logs of how fast it went."""
+    files = (file for file in sorted(root.rglob("*")) if file.is_file())
+    names = {file.relative_to(root).as_posix(): file for file in files}
+    return {name: file.read_bytes() for name, file in names.items() if ".cache/" not in name and name[:5] != "logs/"}
+
+
+def assert_same_run(root: Path, wanted: dict[str, bytes]) -> None:
+    """Check that a run left what :func:`contents` of another one holds."""
+    got = contents(root)
+    assert sorted(got) == sorted(wanted)
+    assert [name for name in wanted if got[name] != wanted[name]] == []
+
+
 RECIPE = """
 run_dir: {folder}/run
 corpus: {{source: docs.jsonl}}

@@ -12,22 +12,9 @@ from sentence_transformers import CrossEncoder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from helpers.command import Moment, command
-from helpers.tiny_recipe import ARTIFACTS, TOKEN, write_recipe
+from helpers.tiny_recipe import ARTIFACTS, TOKEN, assert_same_run, contents, write_recipe
 from lce_trainer import Reranker
 from lce_trainer.artifacts import read_manifest
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    """What a run leaves, journals included; neither the Arrow caches nor the logs of how fast it went."""
-    files = (file for file in sorted(root.rglob("*")) if file.is_file())
-    names = {file.relative_to(root).as_posix(): file for file in files}
-    return {name: file.read_bytes() for name, file in names.items() if ".cache/" not in name and name[:5] != "logs/"}
-
-
-def assert_same_run(root: Path, wanted: dict[str, bytes]) -> None:
-    got = contents(root)
-    assert sorted(got) == sorted(wanted)
-    assert [name for name in wanted if got[name] != wanted[name]] == []
 
 
 def times_asked(journal: Path) -> list[int]:
