@@ -26,7 +26,6 @@ _STAGES = {
     "run": "all of the above, in order",
     "publish": "push the model and its groups to the Hub",
 }
-_ORDER = ("generate", "mine", "label", "train", "evaluate")
 _EPILOG = """\
 Any key of the recipe can be overridden: lce-trainer train recipe.yaml train.learning_rate=2e-5
 A stage that was interrupted goes on where it was when the same command is run again.
@@ -75,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "publish":
             command.add_argument("--dry-run", action="store_true", help="list what would go, and send nothing")
+            command.add_argument(
+                "--include-passages", action="store_true", help="publish the corpus' passages without a licence too"
+            )
     return parser
 
 
@@ -115,7 +117,7 @@ def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
     from lce_trainer.pipeline import stages
 
     if arguments.command == "publish":
-        print(stages.publish(run, dry_run=arguments.dry_run))
+        print(stages.publish(run, dry_run=arguments.dry_run, include_passages=arguments.include_passages))
         return 0
     works: dict[str, Callable[[], str | None]] = {
         "generate": lambda: stages.generate(run),
@@ -127,7 +129,9 @@ def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
     chosen: tuple[str, ...] = (arguments.command,)
     if arguments.command == "run":
         stages.check(run)
-        chosen = _ORDER if stages.is_judged(run) else _ORDER[:-1]
+        chosen = stages.stages_of(run)
+        if "generate" not in chosen and _is_first_process():
+            logger.info("generate, mine and label are left out: training takes the groups of train.groups")
     if {"MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys() and "RANK" not in os.environ:
         logger.warning(
             "accelerate launch has started one process only: for more on a CPU it needs mpirun, or a config "

@@ -42,7 +42,7 @@ def test_an_installed_wheel_finds_its_files(wheel, tmp_path):
         "import lce_trainer, pathlib\n"
         f"assert pathlib.Path(lce_trainer.__file__).is_relative_to({str(tmp_path)!r})\n"
         "from lce_trainer.synthesis.prompts import load_prompt\n"
-        "from lce_trainer.hub.cards import RunFacts, write_model_card\n"
+        "from lce_trainer.hub.cards import RunFacts, model_card\n"
         "print(len(load_prompt('likelihood').render(passage='a', examples=[])))\n"
         "from lce_trainer.cli import main\n"
         "main(['--help'])\n"

@@ -1,14 +1,14 @@
 """Model card and dataset card, filled from the facts of a run.
 
 A card holds what its reader can check: counts, settings, prompts, figures with their intervals. It never holds a
-path of the machine it was written on, nor a token.
+path of the machine it was written on, nor a token. What is not known is left out, not assumed.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -18,6 +18,7 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from lce_trainer.artifacts import read_manifest
 from lce_trainer.errors import PublishError
+from lce_trainer.hub.privacy import is_local, names_only
 
 CARD = "README.md"
 _MEASURES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "map@10": "MAP@10"}
@@ -25,6 +26,16 @@ _SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key)$")
 _MACHINE_KEY = re.compile(r"(^|_)(dir|path|folder|checkpoint|run_name|local_rank)$")
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 _SHOWN = 300  # characters of each text in the dataset card's example
+# Terms that a language model's maker puts on what the model writes, and on what is trained on that. Later Gemmas have
+# an open licence; ``7b`` and its like are sizes and no versions.
+_TERMS = (
+    (
+        re.compile(r"gemma(?![-_ ]?[4-9](?![\d.]*b))", re.IGNORECASE),
+        "Gemma Terms of Use",
+        "https://ai.google.dev/gemma/terms",
+    ),
+)
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,8})?|multilingual")
 
 
 @dataclass
@@ -60,15 +71,19 @@ class RunFacts:
         model_name: Heading of the model's card.
         dataset_name: Heading of the dataset's card.
         base_model: Name of the base model as the recipe has it; linked if it is a Hub id.
-        license: License identifier of the Hub, e.g. ``"apache-2.0"``.
-        language: Language codes of queries and passages.
+        license: License identifier of the Hub that the publisher chose, e.g. ``"apache-2.0"``; None if none was.
+        language: Language codes of queries and passages, ISO 639, e.g. ``["de"]``; empty if not known.
         model_id: Hub repo of the model, if it is to be published.
         dataset_id: Hub repo of the groups, if they are.
+        trained_on: Groups made elsewhere that the model was trained on, by Hub id or name; empty if this run
+            made them.
         corpus: What the documents are, in a sentence.
+        corpus_source: Hub id or name of the documents.
         corpus_counts: Documents, passages, what was merged and dropped.
         llm: Name of the language model.
         prompts: Text of each prompt's template, by name.
         prompt_digests: Digest of each prompt, by name.
+        prompt_examples: How many examples written by hand stand in each prompt, by name.
         judge: Which judge labeled.
         judge_settings: Its thresholds.
         query_counts: Queries written, dropped and why.
@@ -77,7 +92,9 @@ class RunFacts:
         shortcut_auc: AUC of each query-blind guesser.
         warm_start: Settings of the warm start, if there was one.
         training: Settings of the training.
-        checkpoint_chosen_on: What chose the best checkpoint, if human labels did, e.g. ``"100 human dev queries"``.
+        checkpoint_chosen_on: What chose the best checkpoint, e.g. ``"100 human dev queries"``; empty if nothing did
+            or it is not known.
+        used_human_labels: Whether human labels took part in training or chose the checkpoint; None if not known.
         max_length: Tokens of query and passage the model reads.
         evaluations: Figures on human judgments.
         libraries: Version of each library.
@@ -88,15 +105,18 @@ class RunFacts:
     model_name: str
     dataset_name: str
     base_model: str = ""
-    license: str = "apache-2.0"
-    language: Sequence[str] = ("en",)
+    license: str | None = None
+    language: Sequence[str] = ()
     model_id: str | None = None
     dataset_id: str | None = None
+    trained_on: str = ""
     corpus: str = ""
+    corpus_source: str = ""
     corpus_counts: Mapping[str, int] = field(default_factory=dict)
     llm: str = ""
     prompts: Mapping[str, str] = field(default_factory=dict)
     prompt_digests: Mapping[str, str] = field(default_factory=dict)
+    prompt_examples: Mapping[str, int] = field(default_factory=dict)
     judge: str = ""
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
     query_counts: Mapping[str, int] = field(default_factory=dict)
@@ -106,6 +126,7 @@ class RunFacts:
     warm_start: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_chosen_on: str = ""
+    used_human_labels: bool | None = None
     max_length: int | None = None
     evaluations: Sequence[Evaluation] = ()
     libraries: Mapping[str, str] = field(default_factory=dict)
@@ -116,32 +137,35 @@ class RunFacts:
     )
 
 
-def write_model_card(folder: Path, facts: RunFacts, template: Path | None = None) -> Path:
-    """Write ``README.md`` beside a model, from ``model_card_template.md``.
+def model_card(folder: Path, facts: RunFacts, template: Path | None = None) -> str:
+    """Return the text of a model's ``README.md``, from ``model_card_template.md``.
 
     Args:
-        folder: The model's folder; its files tell how pairs are read and scored.
+        folder: The model's folder; its files show how pairs are read and scored.
         facts: What to say.
         template: Another template, filled with the same names.
 
     Raises:
-        PublishError: The template does not render, or a fact holds a Hub token.
+        PublishError: The template does not render, a language code is none, or a fact holds a Hub token.
     """
-    base = _hub_id(facts.base_model)
+    datasets = [name for name in (facts.dataset_id, hub_id(facts.trained_on)) if name]
     data = ModelCardData(
-        language=list(facts.language),
+        language=_languages(facts),
         license=facts.license,
         library_name="sentence-transformers",
         pipeline_tag="text-ranking",
-        tags=["cross-encoder", "reranker", "lce", "synthetic", "sentence-transformers", "transformers"],
-        base_model=base,
-        datasets=[facts.dataset_id] if facts.dataset_id else None,
+        tags=[
+            *("cross-encoder", "reranker", "lce"),
+            *(["synthetic"] if facts.llm else []),
+            *("sentence-transformers", "transformers"),
+        ],
+        base_model=hub_id(facts.base_model),
+        datasets=datasets or None,
         metrics=list(_MEASURES) if facts.evaluations else None,
         model_name=facts.model_name,
         eval_results=_eval_results(facts.evaluations) or None,
     )
-    return _write(
-        folder,
+    return _render(
         template or _find_template("model_card_template.md"),
         metadata=data.to_yaml().strip(),
         facts=facts,
@@ -149,27 +173,28 @@ def write_model_card(folder: Path, facts: RunFacts, template: Path | None = None
         dataset_link=_link(facts.dataset_id, "datasets/"),
         training=_public_settings(facts.training),
         stages=_stages(facts),
+        terms=_terms(facts.llm, facts.base_model),
         by_template=(folder / "chat_template.jinja").is_file(),
         by_answer=(folder / "modules.json").is_file(),
     )
 
 
-def write_dataset_card(folder: Path, facts: RunFacts, template: Path | None = None) -> Path:
-    """Write ``README.md`` beside the groups, with counts and an example read from them.
+def dataset_card(artifacts: Mapping[str, Path], facts: RunFacts, template: Path | None = None) -> str:
+    """Return the text of a dataset's ``README.md``, with counts and an example read from its groups.
 
     Args:
-        folder: The groups artifact.
+        artifacts: Folder of each artifact that is published, by config, ``groups`` among them.
         facts: What to say.
         template: Another template, filled with the same names.
 
     Raises:
-        ArtifactError: The groups are missing, unfinished or damaged.
-        PublishError: The template does not render, or a fact holds a Hub token.
+        ArtifactError: An artifact is missing, unfinished or damaged.
+        PublishError: The template does not render, a language code is none, or a fact holds a Hub token.
     """
-    names = sorted(read_manifest(folder, "groups").files, key=lambda name: (name != "train.parquet", name))
-    splits = [_split(folder / name) for name in names]
+    tables = {config: _tables(folder, config) for config, folder in artifacts.items()}
+    splits = [_split(path) for path in tables["groups"]]
     data = DatasetCardData(
-        language=list(facts.language),
+        language=_languages(facts),
         license=facts.license,
         pretty_name=facts.dataset_name,
         task_categories=["text-ranking"],
@@ -179,34 +204,50 @@ def write_dataset_card(folder: Path, facts: RunFacts, template: Path | None = No
         tags=["synthetic", "reranker", "lce", "hard-negatives", "sentence-transformers"],
         configs=[
             {
-                "config_name": "default",
-                "data_files": [{"split": Path(name).stem, "path": name} for name in names],
+                "config_name": config,
+                **({"default": True} if config == "groups" else {}),
+                "data_files": [{"split": path.stem, "path": f"{config}/{path.name}"} for path in paths],
             }
+            for config, paths in tables.items()
         ],
     )
-    return _write(
-        folder,
+    return _render(
         template or _find_template("dataset_card_template.md"),
         metadata=data.to_yaml().strip(),
         facts=facts,
         name=facts.dataset_id or "path/to/this/folder",
         model_link=_link(facts.model_id, ""),
         splits=splits,
-        example=_example(folder / names[0]),
+        example=_example(tables["groups"][0]),
+        others={config: _rows(paths) for config, paths in tables.items() if config != "groups"},
         stages=_stages(facts),
+        terms=_terms(facts.llm),
     )
 
 
-def _write(folder: Path, template: Path, **values: Any) -> Path:
+def _languages(facts: RunFacts) -> list[str] | None:
+    for code in facts.language:
+        if not _LANGUAGE.fullmatch(code):
+            raise PublishError(f"{code!r} is no language code: write publish.language as ISO 639 has it, e.g. en or de")
+    return list(facts.language) or None
+
+
+def _terms(*models: str) -> list[tuple[str, str]]:
+    """Title and address of the terms that come with models of these names, as far as they are known."""
+    return [(title, url) for name, title, url in _TERMS if any(name.search(model) for model in models)]
+
+
+def _render(template: Path, **values: Any) -> str:
     environment = jinja2.Environment(  # noqa: S701  (Markdown, not HTML)
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters.update(
-        cell=lambda value: str(_public(value)).replace("|", "\\|").replace("\n", " "),
+        cell=lambda value: str(names_only(value)).replace("|", "\\|").replace("\n", " "),
         words=lambda key: str(key).replace("_", " "),
         quoted=lambda text: json.dumps(text, ensure_ascii=False),  # a Python literal as well
-        public=_public,
+        public=names_only,
         model=_model_in_words,
+        dataset=_dataset_in_words,
         fenced=_fenced,
     )
     try:
@@ -215,10 +256,8 @@ def _write(folder: Path, template: Path, **values: Any) -> Path:
         what = " ".join(str(error).split())
         raise PublishError(f"the card template {template} does not render: {what}") from None
     if _TOKEN.search(text):
-        raise PublishError(f"a fact of the card for {folder.name} holds a Hub token: remove it, and revoke the token")
-    card = folder / CARD
-    card.write_text(re.sub(r"\n{3,}", "\n\n", text), encoding="utf-8")
-    return card
+        raise PublishError(f"a fact of the card {values['name']} holds a Hub token: remove it, and revoke the token")
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def _find_template(name: str) -> Path:
@@ -253,6 +292,16 @@ def _stages(facts: RunFacts) -> list[tuple[str, Mapping[str, int]]]:
         ("labels", facts.label_counts),
     )
     return [(name, counts) for name, counts in stages if counts]
+
+
+def _tables(folder: Path, config: str) -> list[Path]:
+    """Return an artifact's tables, the training split first."""
+    names = sorted(read_manifest(folder, config).files, key=lambda name: (name != "train.parquet", name))
+    return [folder / name for name in names]
+
+
+def _rows(paths: Sequence[Path]) -> int:
+    return sum(pq.read_metadata(path).num_rows for path in paths)
 
 
 def _split(path: Path) -> dict[str, Any]:
@@ -297,19 +346,9 @@ def _public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _public(value: Any) -> Any:
-    """A folder or file of the machine becomes its name."""
-    if not isinstance(value, (str, Path)):
-        return value
-    text = str(value)
-    if text.startswith("~") or PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute():
-        return PureWindowsPath(text).name
-    return text
-
-
-def _hub_id(name: str) -> str | None:
+def hub_id(name: str) -> str | None:
     """The name, if it can only be a Hub id: not a package's model, not a folder here."""
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not is_local(name) else None
 
 
 def _link(repo_id: str | None, kind: str) -> str:
@@ -320,7 +359,11 @@ def _model_in_words(name: str) -> str:
     if name.startswith("package:"):
         package = name.removeprefix("package:").partition("/")[0]
         return f"`{package}` (the Python package `{package.replace('_', '-')}`)"
-    return _link(_hub_id(name), "") or f"`{PureWindowsPath(name).name}`"
+    return _link(hub_id(name), "") or f"`{names_only(name)}`"
+
+
+def _dataset_in_words(name: str) -> str:
+    return _link(hub_id(name), "datasets/") or f"`{names_only(name)}`"
 
 
 def _fenced(text: str, language: str) -> str:

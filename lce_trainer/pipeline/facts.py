@@ -1,59 +1,233 @@
-"""What the cards say about a run, gathered from its manifests."""
+"""What a run publishes: the facts on its cards, and the files of its repos.
 
-from dataclasses import asdict
+Facts are gathered from the manifests of the artifacts: from what was made, and not from what the recipe says today.
+"""
 
+import logging
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lce_trainer.artifacts import MANIFEST, Manifest, load_table, read_manifest
+from lce_trainer.errors import ArtifactError, ConfigError
 from lce_trainer.evaluation.report import markdown
-from lce_trainer.hub.cards import Evaluation, RunFacts
+from lce_trainer.hub.cards import Evaluation, RunFacts, dataset_card, model_card
+from lce_trainer.hub.contents import Repo, dataset_repo, model_repo
+from lce_trainer.hub.privacy import names_only
 from lce_trainer.pipeline.run import Run
+from lce_trainer.synthesis.labeling import LabelConfig
+
+logger = logging.getLogger(__name__)
 
 RERANKER = "reranker"  # the trained model's row in the evaluation
 
 
 def gather_facts(run: Run) -> RunFacts:
-    """What the cards say, from the manifests of the run."""
-    recipe = run.recipe
-    queries, groups, model = run.manifest("queries"), run.manifest("groups"), run.manifest("model")
-    evaluations = []
-    if (run.root / "evaluation" / "manifest.json").is_file():
-        for file in run.manifest("evaluation").files:
-            split = file.removesuffix(".parquet")
-            results = run.table("evaluation", split)
-            evaluations.append(
-                Evaluation(
-                    name=f"human queries, {split.replace('_', ' ')}",
-                    rows=results.to_list(),
-                    table=markdown(results),
-                    system=RERANKER,
-                    queries=results[0]["queries"],
-                    notes=f"Each system reranks the same BM25 candidates, {recipe.evaluate.top_k} passages a query.",
-                )
-            )
-    passage = run.table("groups")[0]
-    return RunFacts(
+    """Return what the cards say.
+
+    Raises:
+        ArtifactError: An artifact is missing, or was made from others than those that are there now.
+    """
+    recipe, model = run.recipe, run.manifest("model")
+    own = model.config.get("groups") is None
+    folder = groups_folder(run)
+    chosen_on, human = _checkpoint(model)
+    facts = RunFacts(
         model_name=(recipe.publish.model_id or run.root.name).rpartition("/")[2],
         dataset_name=(recipe.publish.dataset_id or f"{run.root.name}-groups").rpartition("/")[2],
-        base_model=recipe.train.model,
+        base_model=model.config["base"],
         license=recipe.publish.license,
+        language=_language(run, own),
         model_id=recipe.publish.model_id,
-        dataset_id=recipe.publish.dataset_id,
-        corpus_counts=run.manifest("passages").counts,
-        llm=groups.facts["llm"],
-        prompts={"query": queries.facts["prompt"], recipe.label.judge: groups.facts["prompt"]},
-        prompt_digests={
-            "query": queries.config["prompt_digest"],
-            recipe.label.judge: groups.config["prompt_digest"],
-        },
-        judge=recipe.label.judge,
-        judge_settings=asdict(recipe.label),
-        query_counts=queries.counts,
-        candidate_counts=run.manifest("candidates").counts,
-        label_counts=groups.counts,
-        shortcut_auc=groups.facts["shortcut_auc"],
-        warm_start=asdict(recipe.train.warm_start) if recipe.train.warm_start.pairs else {},
+        dataset_id=recipe.publish.dataset_id if folder is not None else None,
+        trained_on="" if own else names_only(recipe.train.groups, run.base),
+        warm_start=_warm_start(run, model),
         training={**model.config["arguments"], **{f"lora_{k}": v for k, v in model.config.get("lora", {}).items()}},
+        checkpoint_chosen_on=chosen_on,
+        used_human_labels=human if own or human else None,  # labels made elsewhere may be anybody's
         max_length=model.facts["max_length"],
-        evaluations=evaluations,
+        evaluations=_evaluations(run, model),
         libraries=model.libraries,
-        example_query=passage["query"],
-        example_passages=passage["passages"][:2],
     )
+    if folder is not None:
+        first = load_table(folder, "groups")[0]
+        facts.example_query, facts.example_passages = first["query"], first["passages"][:2]
+        _add_labels(facts, read_manifest(folder, "groups"))
+    if own:
+        _add_sources(facts, run)
+    return facts
+
+
+def groups_folder(run: Run) -> Path | None:
+    """Return the groups that the model was trained on; None if they are no artifact of ours.
+
+    Raises:
+        ArtifactError: The model was trained on others than those that are there now.
+    """
+    model = run.manifest("model")
+    trained_on = model.config.get("groups")
+    if trained_on is None:
+        _check_parent(run, "model", "groups")
+        return run.root / "groups"
+    folder = run.find(run.recipe.train.groups or "")
+    if run.recipe.train.groups is None or not (folder / MANIFEST).is_file():
+        return None
+    if not isinstance(trained_on, dict) or read_manifest(folder, "groups").digest not in trained_on.values():
+        raise ArtifactError(f"the model was trained on other groups than those in {folder}: run lce-trainer train")
+    return folder
+
+
+def _check_parent(run: Run, name: str, parent: str) -> None:
+    """Check that an artifact was made from the one that is there now."""
+    if run.manifest(name).inputs.get(parent) != run.manifest(parent).digest:
+        raise ArtifactError(
+            f"{run.root / name} was made from other {parent} than those in {run.root / parent}: "
+            "run lce-trainer run with this recipe again"
+        )
+
+
+def _add_labels(facts: RunFacts, groups: Manifest) -> None:
+    """Add how groups were labeled, by their own manifest."""
+    config, judge = groups.config, groups.config.get("judge", "")
+    settings = {item.name for item in fields(LabelConfig)} - {"judge", "examples"}
+    facts.llm = groups.facts.get("llm", "")
+    facts.judge = judge
+    facts.judge_settings = {key: value for key, value in config.items() if key in settings and value is not None}
+    facts.label_counts = groups.counts
+    facts.shortcut_auc = groups.facts.get("shortcut_auc", {})
+    if "prompt" in groups.facts:
+        facts.prompts = {judge: groups.facts["prompt"]}
+        facts.prompt_digests = {judge: config["prompt_digest"]}
+        facts.prompt_examples = {judge: len(config.get("examples", ()))}
+
+
+def _add_sources(facts: RunFacts, run: Run) -> None:
+    """Add what the groups of this run were made from."""
+    for name, parent in (("groups", "candidates"), ("candidates", "queries"), ("queries", "passages")):
+        _check_parent(run, name, parent)
+    passages, queries = run.manifest("passages"), run.manifest("queries")
+    facts.corpus_source = names_only(passages.config.get("source") or passages.config.get("script") or "", run.base)
+    facts.corpus_counts = passages.counts
+    facts.query_counts = queries.counts
+    facts.candidate_counts = run.manifest("candidates").counts
+    facts.prompts = {"query": queries.facts["prompt"], **facts.prompts}
+    facts.prompt_digests = {"query": queries.config["prompt_digest"], **facts.prompt_digests}
+    facts.prompt_examples = {"query": len(queries.config.get("examples", ())), **facts.prompt_examples}
+
+
+def _language(run: Run, own: bool) -> tuple[str, ...]:
+    """Return the codes of the corpus' languages, as it was read or as the recipe has them; empty if not known."""
+    given = tuple(code.strip() for code in (run.recipe.publish.language or "").split(",") if code.strip())
+    found = run.manifest("passages").facts.get("language") if own else None
+    if not found:
+        return given
+    found = (found,) if isinstance(found, str) else tuple(found)
+    if given and given != found:
+        logger.warning("publish.language is %s, but the corpus is %s, and so say the cards", given, found)
+    return found
+
+
+def _checkpoint(model: Manifest) -> tuple[str, bool | None]:
+    """Return what the checkpoint was chosen on, and whether that was human labels; empty and None if not known."""
+    dev = model.facts.get("dev")
+    if dev is None:
+        return "", None
+    if not dev["chose_checkpoint"]:
+        return "", False
+    what = "human dev queries" if dev["human"] else "groups held out from training"
+    return f"{dev['queries']} {what}", dev["human"]
+
+
+def _warm_start(run: Run, model: Manifest) -> dict[str, Any]:
+    """Return the settings of the warm start that the model went through; empty if it did not."""
+    if "warm_start_model" not in model.inputs:
+        return {}
+    _check_parent(run, "model", "warm_start_model")
+    _check_parent(run, "warm_start_model", "warm_start")
+    trained = run.manifest("warm_start_model").config["arguments"]
+    settings = {key: value for key, value in run.manifest("warm_start").config.items() if key != "seed"}
+    chosen = {"learning_rate": trained["learning_rate"], "temperature": trained["distillation_temperature"]}
+    return {**names_only(settings, run.base), **chosen}
+
+
+def _evaluations(run: Run, model: Manifest) -> list[Evaluation]:
+    if not (run.root / "evaluation" / MANIFEST).is_file():
+        return []
+    manifest = run.manifest("evaluation")
+    if manifest.inputs.get("model") != model.digest:
+        raise ArtifactError(
+            f"{run.root / 'evaluation'} holds the figures of another model: run lce-trainer evaluate, or delete it to "
+            "publish without figures"
+        )
+    evaluations = []
+    for file in manifest.files:
+        split = file.removesuffix(".parquet")
+        results = run.table("evaluation", split)
+        evaluations.append(
+            Evaluation(
+                name=f"human queries, {split.replace('_', ' ')}",
+                rows=results.to_list(),
+                table=markdown(results),
+                system=RERANKER,
+                queries=results[0]["queries"],
+                notes=manifest.facts.get("notes", {}).get(split, ""),
+            )
+        )
+    return evaluations
+
+
+def repos(run: Run, include_passages: bool = False) -> tuple[Repo, ...]:
+    """Return what a run's model and dataset repos hold, each with its card; of those that the recipe names.
+
+    Args:
+        run: A recipe whose model is trained.
+        include_passages: Publish the passages without a licence too.
+
+    Raises:
+        ConfigError: The recipe names no repo, or one for groups that this package did not make.
+        ArtifactError: An artifact is missing, or was made from others than those that are there now.
+        PublishError: A card cannot be written, or the model's folder is no model.
+    """
+    config, facts, folder = run.recipe.publish, gather_facts(run), groups_folder(run)
+    if config.model_id is None and config.dataset_id is None:
+        raise ConfigError("name the repos to publish to: publish.model_id=user/name, publish.dataset_id=user/name")
+    if config.dataset_id is not None and folder is None:
+        raise ConfigError(
+            f"publish.dataset_id is {config.dataset_id}, but the model was trained on groups made elsewhere "
+            f"({facts.trained_on}), which are not this recipe's to publish: leave publish.dataset_id out"
+        )
+    made = []
+    if config.dataset_id is not None and folder is not None:
+        artifacts, left_out = {"groups": folder}, []
+        if not facts.trained_on:
+            artifacts |= {name: run.root / name for name in ("queries", "candidates", "passages")}
+            if config.license is None and not include_passages:
+                del artifacts["passages"]
+                left_out = ["passages: there is no licence for them; set publish.license, or add --include-passages"]
+        made.append(dataset_repo(config.dataset_id, artifacts, dataset_card(artifacts, facts), left_out))
+    if config.model_id is not None:
+        model = run.root / "model"
+        made.append(model_repo(config.model_id, model, model_card(model, facts), _recipe(run)))
+    return tuple(made)
+
+
+def _recipe(run: Run) -> str:
+    """Return the recipe as YAML: every setting, as the artifacts were made with it, and no path nor address."""
+    recipe, model = asdict(run.recipe), run.manifest("model").config
+    for section, key in (("train", "arguments"), ("llm", "endpoint")):
+        del recipe[section][key]
+    del recipe["run_dir"]
+    sections = {"corpus": "passages", "generate": "queries", "mine": "candidates", "label": "groups"}
+    if model.get("groups") is not None:  # nothing was made by these
+        for section in ("llm", "generate", "mine", "label"):
+            del recipe[section]
+            sections.pop(section, None)
+    for section, name in (*sections.items(), ("train", "model"), ("evaluate", "evaluation")):
+        if (run.root / name / MANIFEST).is_file():
+            made = run.manifest(name).config
+            recipe[section] |= {key: made[key] for key in recipe[section] if key in made and key != "groups"}
+    recipe["seed"] = model["seed"]
+    recipe["train"] |= {"model": model["base"], **model["arguments"]}
+    return yaml.safe_dump(names_only(recipe, run.base), sort_keys=False, allow_unicode=True)

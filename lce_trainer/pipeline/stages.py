@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -20,18 +21,17 @@ from lce_trainer.evaluation.compare import compare, fuse, rerank
 from lce_trainer.evaluation.judged import Query, judgments, read_judged, read_queries
 from lce_trainer.evaluation.report import markdown, table
 from lce_trainer.hardware import resolve_dtype
-from lce_trainer.hub.cards import write_dataset_card, write_model_card
 from lce_trainer.hub.publish import Published
 from lce_trainer.hub.publish import publish as upload
 from lce_trainer.model.loading import load_tokenizer
 from lce_trainer.model.reranker import Reranker
-from lce_trainer.pipeline.facts import RERANKER, gather_facts
+from lce_trainer.pipeline.facts import RERANKER, repos
 from lce_trainer.pipeline.run import Made, Run
 from lce_trainer.pipeline.train import check_training, fit_reranker
 from lce_trainer.synthesis.corpus import build_passages
 from lce_trainer.synthesis.journal import Journal
 from lce_trainer.synthesis.labeling import LabelConfig, check_judge, label_candidates
-from lce_trainer.synthesis.queries import generate_queries
+from lce_trainer.synthesis.queries import GenerateConfig, generate_queries
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
 from lce_trainer.synthesis.retrieval.dense import embed
 from lce_trainer.synthesis.retrieval.mining import candidates
@@ -53,8 +53,9 @@ def check(run: Run) -> None:
         LCETrainerError: A file, prompt, model or setting that a later stage needs cannot be used.
     """
     recipe, judged = run.recipe, run.recipe.evaluate
-    run.prompt(recipe.generate.prompt)
-    run.prompt(_judge_prompt(recipe.label))
+    if recipe.train.groups is None:
+        run.prompt(recipe.generate.prompt)
+        run.prompt(_judge_prompt(recipe.label))
     for queries in filter(None, (judged.queries, judged.dev_queries)):
         read_queries(run.find(queries))
     for path in filter(None, (judged.candidates, judged.qrels)):
@@ -95,7 +96,7 @@ def generate(run: Run) -> None:
             )
         return {"train": queries}, counts, {"prompt": prompt.source, "llm": run.llm.name}
 
-    run.make("queries", {**asdict(config), "prompt_digest": prompt.digest, **_llm_shape(run)}, ("passages",), work)
+    run.make("queries", {**_prompted(config), "prompt_digest": prompt.digest, **_llm_shape(run)}, ("passages",), work)
 
 
 def mine(run: Run) -> None:
@@ -123,7 +124,7 @@ def label(run: Run) -> None:
                 facts = {**facts, "judge_on_human_labels": check_judge(human, run.llm, prompt, config, journal)}
         return {"train": groups}, counts, {**facts, "prompt": prompt.source, "llm": run.llm.name}
 
-    shape = {**asdict(config), "prompt_digest": prompt.digest, **_llm_shape(run)}
+    shape = {**_prompted(config), "prompt_digest": prompt.digest, **_llm_shape(run)}
     run.make("groups", shape, ("passages", "candidates"), work)
 
 
@@ -132,6 +133,8 @@ def train(run: Run) -> None:
     config = run.recipe.train.warm_start
     if run.recipe.train.groups is None:
         run.manifest("groups")  # missing ones must not be noticed after the warm start
+    elif config.pairs or run.recipe.evaluate.dev_queries is not None:
+        read_corpus(run)  # which generate does otherwise
     if config.pairs:
         teacher = config.teacher or run.recipe.train.model
 
@@ -151,6 +154,12 @@ def train(run: Run) -> None:
     fit_reranker(run, dev)
 
 
+def stages_of(run: Run) -> tuple[str, ...]:
+    """Return the stages that a whole run of the recipe goes through, in order."""
+    making = () if run.recipe.train.groups is not None else ("generate", "mine", "label")
+    return (*making, "train", *(("evaluate",) if is_judged(run) else ()))
+
+
 def is_judged(run: Run) -> bool:
     """Whether the recipe names human judgments to evaluate on."""
     return run.recipe.evaluate.queries is not None or run.recipe.evaluate.candidates is not None
@@ -168,19 +177,22 @@ def evaluate(run: Run) -> str:
     config = run.recipe.evaluate
     if not is_judged(run):
         raise ConfigError("nothing to evaluate on: set evaluate.queries, or evaluate.candidates and evaluate.qrels")
+    if config.queries is not None and run.recipe.train.groups is not None:
+        read_corpus(run)  # which generate does otherwise
 
     def work() -> Made:
         results: dict[str, datasets.Dataset] = {}
         counts: dict[str, int] = {}
+        notes: dict[str, str] = {}
         if config.queries is not None:
-            results["in_domain"], counts = _evaluate_in_domain(run)
+            results["in_domain"], counts, notes["in_domain"] = _evaluate_in_domain(run)
         if config.candidates is not None:
-            results["out_of_domain"] = _evaluate_out_of_domain(run)
+            results["out_of_domain"], notes["out_of_domain"] = _evaluate_out_of_domain(run)
         folder = run.root / "evaluation"
         folder.mkdir(parents=True, exist_ok=True)
         for name, result in results.items():
             (folder / f"{name}.md").write_text(markdown(result) + "\n", encoding="utf-8")
-        return results, counts, {}
+        return results, counts, {"notes": notes}
 
     inputs = ("passages", "model") if config.queries is not None else ("model",)
     shape = {**asdict(config), "contents": run.contents((config.queries, config.candidates, config.qrels))}
@@ -193,38 +205,35 @@ def evaluate(run: Run) -> str:
     return "\n\n".join(texts)
 
 
-def publish(run: Run, dry_run: bool = False) -> Published:
-    """Cards from the run's files, then model and groups to the Hub."""
-    config = run.recipe.publish
-    facts = gather_facts(run)
-    write_dataset_card(run.root / "groups", facts)
-    write_model_card(run.root / "model", facts)
-    return upload(
-        run.root / "model",
-        run.root / "groups",
-        model_id=config.model_id,
-        dataset_id=config.dataset_id,
-        private=config.private,
-        dry_run=dry_run,
-    )
+def publish(run: Run, *, dry_run: bool = False, include_passages: bool = False) -> Published:
+    """Publish the model and what it was trained on, each with its card; nothing is written into the run's folder."""
+    contents = repos(run, include_passages)
+    return upload(*contents, private=run.recipe.publish.private, dry_run=dry_run, folders=[run.root])
 
 
-def _evaluate_in_domain(run: Run) -> tuple[datasets.Dataset, dict[str, int]]:
+def _evaluate_in_domain(run: Run) -> tuple[datasets.Dataset, dict[str, int], str]:
     config = run.recipe.evaluate
     queries = _human_queries(run, config.queries or "", config.max_queries)
     qrels, counts = judgments(queries, set(run.table("passages").unique("doc_id")))
     pools, bm25 = _bm25_pools(run, queries, config.top_k)
     systems = _rerank_all(run, [(query.query_id, query.query) for query in queries], pools, bm25)
-    return compare(systems, qrels, baseline="BM25", seed=run.recipe.seed), counts
+    note = f"Each system reranks the same BM25 candidates, {config.top_k} passages a query at most."
+    return compare(systems, qrels, baseline="BM25", seed=run.recipe.seed), counts, note
 
 
-def _evaluate_out_of_domain(run: Run) -> datasets.Dataset:
+def _evaluate_out_of_domain(run: Run) -> tuple[datasets.Dataset, str]:
     config = run.recipe.evaluate
     if config.qrels is None:
         raise ConfigError("evaluate.candidates needs evaluate.qrels, its judgments")
     judged = read_judged(run.find(config.candidates or ""), run.find(config.qrels))
     systems = _rerank_all(run, judged.queries, judged.pools, judged.run)
-    return compare(systems, judged.qrels, baseline="BM25", relevant_from=config.relevant_from, seed=run.recipe.seed)
+    sizes = sorted(map(len, judged.pools))
+    note = (
+        f"Each system reranks the same candidates, those given in {Path(config.candidates or '').name}, all of them: "
+        f"{sizes[0]} to {sizes[-1]} a query. MAP and MRR count grades from {config.relevant_from} on as relevant."
+    )
+    results = compare(systems, judged.qrels, baseline="BM25", relevant_from=config.relevant_from, seed=run.recipe.seed)
+    return results, note
 
 
 def _rerank_all(
@@ -309,6 +318,11 @@ def _dev_groups(run: Run, top_k: int, limit: int | None) -> datasets.Dataset:
 
 def _judge_prompt(config: LabelConfig) -> str:
     return config.prompt or config.judge
+
+
+def _prompted(config: GenerateConfig | LabelConfig) -> dict[str, Any]:
+    """The settings of a stage; of its prompt the name, and no path: what it holds is in the digest."""
+    return {**asdict(config), "prompt": config.prompt and Path(config.prompt).name}
 
 
 def _llm_shape(run: Run) -> dict[str, Any]:

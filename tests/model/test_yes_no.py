@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from helpers.backbones import WAYS, make_trainer, pairs_of_all_lengths
 from helpers.tiny_models import ASKING, tiny_language_model, tiny_model, tiny_tokenizer
 from lce_trainer.errors import TrainingError
-from lce_trainer.hub.publish import publish
+from lce_trainer.hub.contents import model_repo
 from lce_trainer.model.loading import load_model, load_tokenizer, pairing_tokenizer
 from lce_trainer.model.reranker import Reranker
 from lce_trainer.model.scoring import scoring_batches
@@ -235,9 +235,8 @@ def test_an_encoder_without_a_head_does_not_score(tmp_path):
 def test_it_is_published_with_what_makes_it_a_cross_encoder(published, tmp_path):
     trainer = make_trainer("qwen3", tmp_path, model=published, tokenizer=None)
     trainer.save_model()
-    (tmp_path / "README.md").write_text("# a card\n")
-    (upload,) = publish(tmp_path, None, model_id="me/it", dataset_id=None, dry_run=True).uploads
-    assert {"1_LogitScore/config.json", "modules.json", "chat_template.jinja", "config.json"} <= upload.files.keys()
+    files = model_repo("me/it", tmp_path, "# a card\n").files
+    assert {"1_LogitScore/config.json", "modules.json", "chat_template.jinja", "config.json"} <= files.keys()
 
 
 def test_the_tokenizer_says_on_which_side_to_pad(published, tmp_path):
