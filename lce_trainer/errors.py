@@ -5,6 +5,7 @@
     LCETrainerError
     ├── ConfigError          a recipe or an override that cannot be used
     ├── ArtifactError        a stage's folder that is missing, unfinished or damaged
+    ├── DataError            a file or dataset whose rows cannot be read
     ├── CorpusError          documents that cannot be read
     ├── GroupsError          rows that are not training groups
     ├── PromptError          a prompt template that does not render
@@ -30,6 +31,10 @@ class ConfigError(LCETrainerError):
 
 class ArtifactError(LCETrainerError):
     """A stage's folder that is missing, unfinished or damaged."""
+
+
+class DataError(LCETrainerError):
+    """A file or dataset whose rows cannot be read."""
 
 
 class CorpusError(LCETrainerError):

@@ -1,6 +1,5 @@
 """Human judgments: queries with the documents that answer them, and candidates with graded judgments."""
 
-import json
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -8,9 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lce_trainer.errors import EvaluationError
+from lce_trainer.files import (
+    PASSAGE_IDS,
+    QUERIES,
+    QUERY_IDS,
+    TEXTS,
+    Rows,
+    by_name,
+    find_column,
+    read_rows,
+    texts_of,
+    with_titles,
+)
+from lce_trainer.qrels import ID_LISTS, read_qrels, scores_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,32 +53,39 @@ class Judged:
 
 
 def read_queries(path: Path) -> list[Query]:
-    """Human queries with the documents that answer them.
+    """Read human queries with the documents that answer them.
 
     Args:
-        path: ``.jsonl`` or ``.parquet`` with ``query_id``, ``query`` and ``doc_ids``, a list.
+        path: A file of rows (``.jsonl``, ``.parquet``, ``.csv``, …) with ``query_id``, ``query`` and ``doc_ids``, a
+            list; or with ``doc_id``, where each row is one of a query's documents.
 
     Raises:
         EvaluationError: Names the file and the row (counted from 1) that cannot be used.
     """
+    rows = _read(path)
+    lists = find_column(rows.table, ID_LISTS)
+    single = None if lists is not None and _is_list(rows.table[lists].type) else find_column(rows.table, _DOC_IDS)
+    names = (_QUERY_IDS, (*QUERIES, "text"), (single or lists or "doc_ids",))
+    ids, texts, docs = (_values(rows, some) for some in names)
     queries: dict[str, Query] = {}
-    for number, row in _read_rows(path, ("query_id", "query", "doc_ids")):
-        query_id = _text(row["query_id"], path, number, "query_id")
-        if query_id in queries:
-            raise EvaluationError(f"{path}, row {number}: query_id {query_id!r} was given before; ids must be distinct")
-        doc_ids = row["doc_ids"]
+    for row, (query_id, query, doc_ids) in enumerate(zip(ids, texts, docs, strict=True)):
+        query_id, query = _text(query_id, rows, row, "query_id"), _text(query, rows, row, "query")
+        found = queries.get(query_id)
+        if found is not None and single is None:
+            raise EvaluationError(f"{rows.at(row)}: query_id {query_id!r} was given before; ids must be distinct")
+        if found is not None and found.query != query:
+            raise EvaluationError(f"{rows.at(row)}: query {query_id!r} has two texts")
+        if single is not None:
+            doc_ids = [doc_ids]
         if not isinstance(doc_ids, list) or not doc_ids:
-            raise EvaluationError(f"{path}, row {number}: doc_ids must be a list of one or more ids, not {doc_ids!r}")
-        queries[query_id] = Query(
-            query_id,
-            _text(row["query"], path, number, "query"),
-            tuple(_text(doc_id, path, number, "doc_ids") for doc_id in doc_ids),
-        )
+            raise EvaluationError(f"{rows.at(row)}: doc_ids must be a list of one or more ids, not {doc_ids!r}")
+        more = tuple(_text(doc_id, rows, row, "doc_ids") for doc_id in doc_ids)
+        queries[query_id] = Query(query_id, query, tuple(dict.fromkeys((*(found.doc_ids if found else ()), *more))))
     return list(queries.values())
 
 
 def judgments(queries: Sequence[Query], corpus: Collection[str]) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """Qrels of the queries: each of its documents has grade 1.
+    """Return the qrels of the queries: each of its documents has grade 1.
 
     A judged document that the corpus lacks stays in the qrels, where no system can find it: leaving it out would
     make every figure look better than a searcher's experience. It is counted and warned about.
@@ -108,85 +126,107 @@ def judgments(queries: Sequence[Query], corpus: Collection[str]) -> tuple[dict[s
 
 
 def read_judged(candidates_path: Path, qrels_path: Path) -> Judged:
-    """Candidates and graded judgments in TREC Deep Learning's style.
+    """Read the candidates of a first-stage retriever, with their texts, and graded judgments.
 
     Args:
-        candidates_path: ``.parquet`` or ``.jsonl`` of ``query_id``, ``query``, ``doc_id``, ``text`` and
-            ``bm25_rank``, a row a candidate.
-        qrels_path: The same of ``query_id``, ``doc_id``, ``grade``.
+        candidates_path: A file of rows (``.parquet``, ``.jsonl``, ``.csv``, ``.tsv``, …) of ``query_id``, ``query``,
+            ``doc_id``, ``text`` and a rank (``rank``, ``bm25_rank``, …) or a score, a row a candidate.
+        qrels_path: A qrels file of TREC or BEIR, or a file of rows of ``query_id``, ``doc_id``, ``grade``.
 
     Raises:
         EvaluationError: Names the file, and the row where one cannot be used.
     """
-    qrels: dict[str, dict[str, int]] = {}
-    for number, row in _read_rows(qrels_path, ("query_id", "doc_id", "grade")):
-        if not isinstance(row["grade"], int):
-            raise EvaluationError(f"{qrels_path}, row {number}: grade must be a whole number, not {row['grade']!r}")
-        query_id = _text(row["query_id"], qrels_path, number, "query_id")
-        qrels.setdefault(query_id, {})[_text(row["doc_id"], qrels_path, number, "doc_id")] = row["grade"]
-    texts: dict[str, str] = {}
+    qrels = _read_grades(qrels_path)
+    rows = _read(candidates_path)
+    names = (_QUERY_IDS, QUERIES, _DOC_IDS, TEXTS)
+    columns = [_values(rows, some) for some in names]
+    if (title := find_column(rows.table, ("title",))) is not None:
+        texts = texts_of(rows.table[find_column(rows.table, TEXTS)], str(candidates_path), EvaluationError)
+        titles = texts_of(rows.table[title], str(candidates_path), EvaluationError)
+        columns[3] = with_titles(texts, titles).to_pylist()
+    scores = scores_of(rows, str(candidates_path), EvaluationError)
+    texts_by_id: dict[str, str] = {}
     ranked: dict[str, list[tuple[float, str, str]]] = {}
-    columns = ("query_id", "query", "doc_id", "text", "bm25_rank")
-    for number, row in _read_rows(candidates_path, columns):
-        query_id, query, doc_id, text = (_text(row[name], candidates_path, number, name) for name in columns[:4])
-        if not isinstance(row["bm25_rank"], (int, float)):
-            raise EvaluationError(f"{candidates_path}, row {number}: bm25_rank is {row['bm25_rank']!r}, not a number")
-        if texts.setdefault(query_id, query) != query:
-            raise EvaluationError(f"{candidates_path}, row {number}: query {query_id!r} has two texts")
-        ranked.setdefault(query_id, []).append((row["bm25_rank"], doc_id, text))
-    kept = [query_id for query_id in texts if query_id in qrels]
+    for row, values in enumerate(zip(*columns, strict=True)):
+        kinds = ("query_id", "query", "doc_id", "text")
+        query_id, query, doc_id, text = (
+            _text(value, rows, row, kind) for value, kind in zip(values, kinds, strict=True)
+        )
+        if texts_by_id.setdefault(query_id, query) != query:
+            raise EvaluationError(f"{rows.at(row)}: query {query_id!r} has two texts")
+        ranked.setdefault(query_id, []).append((-float(scores[row]), doc_id, text))
+    kept = [query_id for query_id in texts_by_id if query_id in qrels]
     if not kept:
         raise EvaluationError(f"{qrels_path} judges none of the queries of {candidates_path}: do they belong together?")
-    for what, count in (("have no judgment", len(texts) - len(kept)), ("have no candidates", len(qrels) - len(kept))):
+    no_judgment = len(texts_by_id) - len(kept)
+    for what, count in (("have no judgment", no_judgment), ("have no candidates", len(qrels) - len(kept))):
         if count:
             logger.warning("%s, %s: %d queries %s", candidates_path.name, qrels_path.name, count, what)
     pools = {query_id: sorted(ranked[query_id]) for query_id in kept}
+    run: dict[str, dict[str, float]] = {query_id: {} for query_id in kept}
+    for query_id in kept:
+        for place, doc_id, _ in pools[query_id]:
+            run[query_id].setdefault(doc_id, -place)  # a document counts as its best passage
     return Judged(
-        queries=[(query_id, texts[query_id]) for query_id in kept],
+        queries=[(query_id, texts_by_id[query_id]) for query_id in kept],
         pools=[[(doc_id, text) for _, doc_id, text in pools[query_id]] for query_id in kept],
-        run={query_id: {doc_id: -float(rank) for rank, doc_id, _ in pools[query_id]} for query_id in kept},
+        run=run,
         qrels=qrels,
     )
 
 
-def _read_rows(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
-    """Rows with their numbers, from 1; each holds every column."""
-    if not path.is_file():
-        raise EvaluationError(f"no file at {path}")
-    try:
-        if path.suffix == ".jsonl":
-            # not splitlines(): JSON strings may hold U+2028 and its like as they are
-            lines = enumerate(path.read_text("utf-8-sig").split("\n"), start=1)
-            rows = [(number, _json_row(line, path, number)) for number, line in lines if line.strip()]
-        elif path.suffix == ".parquet":
-            rows = list(enumerate(pq.read_table(path).to_pylist(), start=1))
-        else:
-            raise EvaluationError(f"{path}: expected a .jsonl or .parquet file, not {path.suffix or 'no suffix'!r}")
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise EvaluationError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    if not rows:
+_QUERY_IDS = tuple(name for name in QUERY_IDS if name != "anchor_id")
+_DOC_IDS = tuple(name for name in PASSAGE_IDS if name not in ("_id", "id"))
+
+
+def _read_grades(path: Path) -> dict[str, dict[str, int]]:
+    judged = read_qrels(_existing(path), EvaluationError)
+    qrels: dict[str, dict[str, int]] = {}
+    ids = (judged.queries.to_pylist(), judged.passages.to_pylist())
+    for row, (query_id, doc_id, grade) in enumerate(zip(*ids, judged.values.tolist(), strict=True)):
+        if grade != int(grade):
+            raise EvaluationError(f"{path}, row {judged.numbers[row]}: grade must be a whole number, not {grade!r}")
+        known = qrels.setdefault(query_id, {})
+        if known.setdefault(doc_id, int(grade)) != int(grade):
+            raise EvaluationError(
+                f"{path}, row {judged.numbers[row]}: query {query_id!r}, document {doc_id!r} has the grades "
+                f"{known[doc_id]} and {int(grade)}"
+            )
+    return qrels
+
+
+def _read(path: Path) -> Rows:
+    rows = read_rows(_existing(path), error=EvaluationError)
+    if not rows.table.num_rows:
         raise EvaluationError(f"{path} holds no rows")
-    for number, row in rows:
-        for column in columns:
-            if row.get(column) is None:
-                have = ", ".join(map(str, row)) or "nothing"
-                raise EvaluationError(f"{path}, row {number}: {column!r} is missing or null; the row has {have}")
+    by_name(rows.table, str(path), EvaluationError)
     return rows
 
 
-def _json_row(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise EvaluationError(f"{path}, row {number} is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise EvaluationError(f"{path}, row {number} must be a JSON object, not {line[:60]!r}")
-    return row
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise EvaluationError(f"no file at {path}")
+    return path
 
 
-def _text(value: Any, path: Path, number: int, column: str) -> str:
+def _values(rows: Rows, names: Sequence[str]) -> list[Any]:
+    """The values of a column by the first of its names that is there, without a null."""
+    name = find_column(rows.table, names) or names[0]
+    values = rows.table[name].to_pylist() if name in rows.table.column_names else [None] * rows.table.num_rows
+    for row, value in enumerate(values):
+        if value is None:
+            have = ", ".join(rows.table.column_names) or "nothing"
+            raise EvaluationError(f"{rows.at(row)}: {names[0]!r} is missing or null; the columns are: {have}")
+    return values
+
+
+def _text(value: Any, rows: Rows, row: int, column: str) -> str:
     """A string that says something; a number is taken as an id."""
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(text, str) or not text.strip():
-        raise EvaluationError(f"{path}, row {number}: {column} must hold text, not {value!r}")
+        raise EvaluationError(f"{rows.at(row)}: {column} must hold text, not {value!r}")
     return text
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))

@@ -7,14 +7,15 @@ from typing import Any
 
 import datasets
 from datasets import LargeList, List
+from datasets.fingerprint import generate_random_fingerprint
 
 from lce_trainer.artifacts import MANIFEST, load_table
 from lce_trainer.errors import GroupsError
-from lce_trainer.files import read_file
-from lce_trainer.groups.layouts import row_pairs
+from lce_trainer.files import arrow_table, class_names, kind_of, one_line, open_dataset, read_rows
+from lce_trainer.groups.layouts import numeric_lists, row_pairs
 from lce_trainer.groups.pairs import merge
-from lce_trainer.groups.schema import arrow_table
-from lce_trainer.groups.trec import Source, beir_files, judged_pairs
+from lce_trainer.groups.trec import beir_files, judged_pairs
+from lce_trainer.qrels import Source
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +101,11 @@ def to_groups(
     else:
         if extra := [name for name, value in {**judged, "run": run}.items() if value is not None]:
             raise GroupsError(f"{', '.join(extra)} cannot be joined to rows: pass the one or the other")
-        rows = source if isinstance(source, datasets.Dataset) else read_rows(source, split)
-        pairs = row_pairs(arrow_table(rows), columns, positive_from, tokenizer)
+        rows = source if isinstance(source, datasets.Dataset) else _read(source, split, columns or ())
+        try:
+            pairs = row_pairs(arrow_table(rows), columns, positive_from, tokenizer)
+        except GroupsError as error:
+            raise error if rows is source else GroupsError(f"{source}: {error}") from None
         counts = {"rows_read": len(rows)}
     groups, merged = merge(pairs, keep_all=not add_positives)
     counts |= merged
@@ -109,8 +113,8 @@ def to_groups(
     return groups, counts
 
 
-def read_rows(source: Any, split: str = "train") -> datasets.Dataset:
-    """Rows of a file, a folder or a Hub dataset, whatever their columns.
+def _read(source: Any, split: str, header: Sequence[str]) -> datasets.Dataset:
+    """Read the rows of a file, a folder or a Hub dataset, whatever their columns.
 
     Raises:
         GroupsError: There is nothing of that name, or it cannot be read.
@@ -122,18 +126,19 @@ def read_rows(source: Any, split: str = "train") -> datasets.Dataset:
             f"rows must be a datasets.Dataset or the name of a file or dataset, not {type(source).__name__}"
         )
     path = Path(source)
-    try:
-        if (path / MANIFEST).is_file():
-            return load_table(path, "groups", split)
-        if (path / "state.json").is_file():
-            return datasets.load_from_disk(str(path))
-        if path.is_file() and path.suffix != ".parquet":
-            return datasets.Dataset(read_file(path))
-        if path.is_file():
+    if (path / MANIFEST).is_file():
+        return load_table(path, "groups", split)
+    if not path.is_file():
+        found = open_dataset(str(source), split, "no groups at", GroupsError)
+        if isinstance(found, datasets.Dataset):
+            return found
+    elif kind_of(path) == ".parquet":
+        try:
             return datasets.Dataset.from_parquet(str(path))
-        return datasets.load_dataset(str(source), split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise GroupsError(f"no groups at {str(source)!r}: {' '.join(str(error).split())}") from None
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise GroupsError(f"no groups at {str(source)!r}: {one_line(error)}") from None
+    rows = read_rows(source, split=split, header=header, error=GroupsError)
+    return datasets.Dataset(numeric_lists(rows.table), fingerprint=generate_random_fingerprint())
 
 
 def _report(counts: Mapping[str, int]) -> None:
@@ -153,11 +158,12 @@ def load_groups(source: str, split: str = "train") -> datasets.Dataset:
     """
     if beir_files(Path(source), split):
         return to_groups(source, split=split)[0]
-    table = read_rows(source, split)
+    table = _read(source, split, ())
     return table if is_grouped(table) else to_groups(table)[0]
 
 
 def is_grouped(table: datasets.Dataset) -> bool:
     """Whether a table has the columns of groups and needs no conversion; its rows are not looked at."""
     lists = [table.features.get(name) for name in ("passages", "labels")]
-    return "query" in table.column_names and all(isinstance(feature, (List, LargeList)) for feature in lists)
+    grouped = "query" in table.column_names and all(isinstance(feature, (List, LargeList)) for feature in lists)
+    return grouped and not class_names(lists[1])

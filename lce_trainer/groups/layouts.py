@@ -11,30 +11,55 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lce_trainer.errors import GroupsError
-from lce_trainer.files import PASSAGE_IDS, QUERY_IDS, TEXTS, numbers_of, with_titles
+from lce_trainer.files import (
+    LABELS,
+    PASSAGE_IDS,
+    QUERIES,
+    QUERY_IDS,
+    SCORES,
+    TEXTS,
+    as_floats,
+    by_name,
+    canonical,
+    numbers_of,
+    texts_of,
+    with_titles,
+)
 from lce_trainer.groups.pairs import Pairs, distinct
 from lce_trainer.groups.schema import GROUPS_FEATURES
+from lce_trainer.qrels import ID_LISTS
 
 logger = logging.getLogger(__name__)
 
-UNDERSTOOD = """Understood are, by column:
+UNDERSTOOD = """Understood are, by column, in any order and any case:
   query, passages, labels: groups, and under any names sentence-transformers' labeled lists;
   anchor, positive, negative or negative_1, ...: its triplets and n-tuples; with scores, one for each passage;
   query, passage, label: its labeled pairs, under any names;
   query, pos, neg, and if known pos_scores, neg_scores: FlagEmbedding;
   qry, pos, neg: luyug/Reranker;
   query, positive_passages, negative_passages: Tevatron;
+  query, response, rejected_response: ms-swift;
   and the arguments queries=, corpus=, qrels=, run=: MS MARCO, TREC and BEIR.
-Tuples under other names are read by columns=("query", "positive", "negative", ...)."""
+Columns under other names are read by columns=("query", "positive", "negative", ...)."""
 
-# As sentence-transformers finds its label column.
-_LABELS, _SCORES = ("label", "labels"), ("score", "scores")
-_ID = re.compile(r"_?id|[pq]ids?|docids?|.*[_-]ids?|.*_idx")
-_NEGATIVE = re.compile(r"(hard_?)?neg(ative)?s?(_?\d+)?")
-_POSITIVES = ("pos", "positive", "positives", "positive_passages")
-_NEGATIVES = ("neg", "negative", "negatives", "negative_passages", "hard_negatives")
-_QUERIES = ("query", "qry", "anchor", "question")
-_LIST_IDS = ("passage_ids", "doc_ids", "document_ids", "docids", "pids")
+# Columns that are neither texts nor judgments: ids, and the index that pandas writes.
+_ID = re.compile(r"_?id|[pq]ids?|docids?|.*_ids?|.*_idx|index|unnamed:_\d+|__index_level_\d+__|dataset_name|")
+_NEGATIVE = re.compile(r"(hard_?)?neg(ative)?s?(_?(passage|doc|text))?(_?\d+)?|rejected(_response)?s?(_?\d+)?")
+_POSITIVES = ("pos", "positive", "positives", "positive_passages", "positive_passage", "response", "chosen")
+_NEGATIVES = (
+    *("neg", "negative", "negatives", "negative_passages", "negative_passage", "hard_negatives", "hard_negative"),
+    *("rejected_response", "rejected_responses", "rejected"),
+)
+_PASSAGES = (*TEXTS, "answer", "response", "sentence2", "context", "candidate", "positive")
+# Beside a query, a row's id is not the passage's.
+_ROW_PASSAGE_IDS = tuple(name for name in PASSAGE_IDS if name not in ("_id", "id"))
+# Names of classes that say whether a passage is relevant; others may be grades, whose order nothing says.
+_RELEVANT = ("relevant", "positive", "pos", "yes", "true", "related", "match", "correct")
+_NOT_RELEVANT = (
+    *("irrelevant", "nonrelevant", "non_relevant", "not_relevant", "unrelated", "not_related", "negative", "neg"),
+    *("no", "false", "mismatch", "no_match", "incorrect"),
+)
+_WORDS = {**dict.fromkeys(_RELEVANT, 1.0), **dict.fromkeys(_NOT_RELEVANT, 0.0)}
 
 
 @dataclass(frozen=True)
@@ -50,29 +75,37 @@ class _Columns:
 def row_pairs(
     table: pa.Table, columns: Sequence[str] | None = None, positive_from: float | None = None, tokenizer: Any = None
 ) -> Pairs:
-    """Judged pairs of a table's rows, in their order; arguments as in :func:`lce_trainer.to_groups`.
+    """Read the judged pairs of a table's rows, in their order; arguments as in :func:`lce_trainer.to_groups`.
 
     Raises:
         GroupsError: The columns are of no layout that is understood, or a row contradicts it.
     """
     if missing := [name for name in columns or () if name not in table.column_names]:
         raise GroupsError(f"no column {', '.join(missing)}; there are: {', '.join(table.column_names)}")
-    if columns is None and {"query", "passages", "labels"} <= set(table.column_names):  # already groups
-        table = table.select([name for name in table.column_names if name in GROUPS_FEATURES])
+    if columns is None and table.column_names == [f"f{i}" for i in range(table.num_columns)]:
+        columns = table.column_names
+        logger.warning("the rows have no names of columns: they are read in their order, as with columns=")
+    if columns is None:
+        by_name(table, error=GroupsError)
+        table = table.rename_columns([canonical(name) for name in table.column_names])
+        if {"query", "passages", "labels"} <= set(table.column_names):  # already groups
+            table = table.select([name for name in table.column_names if name in GROUPS_FEATURES])
     chosen = table.select(columns) if columns else table
     found = _sort_out(chosen, by_name=columns is None)
     texts, lists, label = found.texts, found.lists, found.label or found.score
-    negatives = texts[2:] if columns else [name for name in texts if _NEGATIVE.fullmatch(name)]
+    negatives = texts[2:] if columns else sorted((name for name in texts if _NEGATIVE.fullmatch(name)), key=_natural)
     others = [name for name in texts if name not in negatives]
     used: tuple[str, ...]
-    if split := _split_columns(chosen, columns is None):
+    if split := _split_columns(chosen, others, columns is None):
         used, pairs = split, _positives_and_negatives(table, *split, tokenizer)
     elif len(texts) == len(lists) == 1 and label and _is_list(table[label].type):
         used, pairs = (texts[0], lists[0]), _labeled_lists(table, texts[0], lists[0], found, positive_from)
     elif not lists and negatives and len(others) == 2 and (not label or _is_list(table[label].type)):
-        used, pairs = (*others, *negatives), _tuples(table, others[0], (others[1], *negatives), label)
+        query, positive = _query_and_passage(others, columns is None)
+        used, pairs = (query, positive, *negatives), _tuples(table, query, (positive, *negatives), label)
     elif not lists and len(texts) == 2 and not negatives and label and not _is_list(table[label].type):
-        used, pairs = tuple(texts), _labeled_pairs(table, texts[0], texts[1], found, positive_from)
+        query, passage = _query_and_passage(texts, columns is None)
+        used, pairs = (query, passage), _labeled_pairs(table, query, passage, found, positive_from)
     else:
         shown = ", ".join(f"{name} ({table[name].type})" for name in chosen.column_names)
         unlabeled = len(texts) == 2 and not (lists or label or negatives)
@@ -86,66 +119,128 @@ def row_pairs(
     return pairs
 
 
+def numeric_lists(table: pa.Table) -> pa.Table:
+    """Return a table of groups from a text file with numbers for labels and scores, where they are lists of such."""
+    if not {"query", "passages", "labels"} <= set(table.column_names):
+        return table
+    for name in ("labels", "scores"):
+        kind = table[name].type if name in table.column_names else None
+        if kind is not None and _is_list(kind) and _is_text(kind.value_type) and _says_numbers(table[name]):
+            numbers = table[name].cast(pa.list_(pa.float64()))
+            table = table.set_column(table.column_names.index(name), name, numbers)
+    return table
+
+
 def _sort_out(table: pa.Table, by_name: bool) -> _Columns:
+    """Columns by what their names say they hold, and where these say nothing, by their values."""
     texts, lists = [], []
     judgments: dict[str, str] = {}
-    for name, kind in zip(table.column_names, table.schema.types, strict=True):
-        if by_name and (_ID.fullmatch(name) or name == "dataset_name"):
+    known = {*QUERIES, *_PASSAGES, *_POSITIVES, *_NEGATIVES}
+    for place, (name, kind) in enumerate(zip(table.column_names, table.schema.types, strict=True)):
+        if by_name and _ID.fullmatch(name):
             continue
-        if _is_text(kind):
-            texts.append(name)
-        elif _is_list(kind) and _is_text(kind.value_type):
-            lists.append(name)
-        elif _is_number(kind.value_type if _is_list(kind) else kind):
-            role = "score" if name in _SCORES else "label" if name in _LABELS or not by_name else None
-            if role:
+        if by_name:
+            role = "score" if name in SCORES else "label" if name in LABELS else None
+            text = name in known or bool(_NEGATIVE.fullmatch(name))
+        else:
+            role = "score" if canonical(name) in SCORES else "label"
+            text = place == 0 or canonical(name) in known or bool(_NEGATIVE.fullmatch(canonical(name)))
+        values = kind.value_type if _is_list(kind) else kind
+        if role and not text and (by_name or _says_numbers(table[name])):
+            if _is_number(values) or _is_text(values):
                 judgments.setdefault(role, name)
+        elif _is_list(kind) and _is_text(values):
+            lists.append(name)
+        elif (_is_text(kind) and (text or not _says_numbers(table[name]))) or (text and _is_number(kind)):
+            texts.append(name)
     return _Columns(texts, lists, judgments.get("label"), judgments.get("score"))
 
 
-def _split_columns(table: pa.Table, by_name: bool) -> tuple[str, str, str] | None:
+def _query_and_passage(names: Sequence[str], by_name: bool) -> tuple[str, str]:
+    """Which of two columns of texts holds the queries; the order of the columns says it only if no name does."""
+    first, second = names
+    if not by_name:
+        return first, second
+    queries = [name for name in names if name in QUERIES]
+    passages = [name for name in names if name in _PASSAGES or name in _POSITIVES]
+    if len(queries) == 2 or len(passages) == 2:
+        raise GroupsError(
+            f"{first} and {second} may both be {'queries' if len(queries) == 2 else 'passages'}: say which is which by "
+            f"columns=, in the order query, passage"
+        )
+    if not queries and not passages:
+        logger.warning(
+            "no name says whether %s or %s holds the queries: the first is taken for them, set columns= otherwise",
+            *(first, second),
+        )
+        return first, second
+    query = queries[0] if queries else next(name for name in names if name not in passages)
+    return query, second if query == first else first
+
+
+def _split_columns(table: pa.Table, texts: Sequence[str], by_name: bool) -> tuple[str, str, str] | None:
     """Query, positives and negatives, where a row holds lists of these."""
     names = table.column_names
     if not by_name:
         is_split = len(names) == 3 and _is_list(table[names[1]].type) and _is_list(table[names[2]].type)
-        return tuple(names) if is_split and not _is_number(table[names[2]].type.value_type) else None
+        return tuple(names) if is_split and not _says_numbers(table[names[2]]) else None
     positives = [name for name in _POSITIVES if name in names]
     negatives = [name for name in _NEGATIVES if name in names]
-    queries = [name for name in _QUERIES if name in names]
-    if not (positives and negatives and queries):
+    queries = [name for name in QUERIES if name in names]
+    if not (positives and negatives):
         return None
-    if not any(_is_list(table[name].type) for name in (positives[0], negatives[0])):
+    if not any(_is_list(table[name].type) for name in (*positives, *negatives)):
         return None
-    return queries[0], positives[0], negatives[0]
+    for several in (queries, positives, negatives):
+        if len(several) > 1:
+            raise GroupsError(f"{' and '.join(several)} may be the same thing: say which to read by columns=")
+    left = [name for name in texts if name not in (*positives, *negatives)]
+    if not queries and len(left) != 1:
+        return None
+    return (queries or left)[0], positives[0], negatives[0]
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """``negative_2`` before ``negative_10``, wherever the columns stand."""
+    stem = name.rstrip("0123456789")
+    return stem, int(name[len(stem) :] or 0)
 
 
 # ---- one layout each
 
 
 def _labeled_pairs(table: pa.Table, query: str, passage: str, found: _Columns, positive_from: float | None) -> Pairs:
-    labels = numbers_of(table[found.label], found.label) if found.label else None
-    scores = _floats(table[found.score]) if found.score else None
+    labels = _labels_of(table[found.label], found.label) if found.label else None
+    scores = numbers_of(table[found.score], found.score, GroupsError) if found.score else None
     labels, scores = _grades(labels, scores, found, positive_from)
-    return _pairs(_asked(table, query), (table[passage], _first(table, PASSAGE_IDS)), labels, scores)
+    return _pairs(
+        _queries(table, query),
+        (texts_of(table[passage], passage, GroupsError), _ids(table, _ROW_PASSAGE_IDS)),
+        labels,
+        scores,
+    )
 
 
 def _labeled_lists(table: pa.Table, query: str, passages: str, found: _Columns, positive_from: float | None) -> Pairs:
     sizes = _sizes(table[passages])
-    labels, scores = (_aligned(table, name, sizes, passages) if name else None for name in (found.label, found.score))
+    labels, scores = (
+        _aligned(table, name, sizes, passages, name == found.label) if name else None
+        for name in (found.label, found.score)
+    )
     if labels is not None and not np.isfinite(labels).all():
         raise GroupsError(
             f"row {_row_of(sizes, ~np.isfinite(labels))}: {found.label} holds what is not a finite number"
         )
     labels, scores = _grades(labels, scores, found, positive_from)
-    name = next((name for name in _LIST_IDS if name in table.column_names), None)
+    name = next((name for name in ID_LISTS if name in table.column_names), None)
     ids = None
     if name is not None:
         if (_sizes(table[name]) != sizes).any():
             bad = int((_sizes(table[name]) != sizes).argmax())
             raise GroupsError(f"row {bad}: {name} and {passages} differ in length")
-        ids = pc.list_flatten(table[name])
+        ids = texts_of(pc.list_flatten(table[name]), name, GroupsError)
     rows = np.repeat(np.arange(len(sizes)), sizes)
-    return _pairs(_asked(table, query), (pc.list_flatten(table[passages]), ids), labels, scores, rows)
+    return _pairs(_queries(table, query), (pc.list_flatten(table[passages]), ids), labels, scores, rows)
 
 
 def _tuples(table: pa.Table, query: str, passages: Sequence[str], score: str | None) -> Pairs:
@@ -156,7 +251,7 @@ def _tuples(table: pa.Table, query: str, passages: Sequence[str], score: str | N
     # Texts lie column after column, pairs row after row.
     order = np.arange(width * height).reshape(width, height).T.ravel()
     rows = np.repeat(np.arange(height), width)
-    return _pairs(_asked(table, query), (texts, None), labels, scores, rows, order)
+    return _pairs(_queries(table, query), (texts, None), labels, scores, rows, order)
 
 
 def _positives_and_negatives(table: pa.Table, query: str, positive: str, negative: str, tokenizer: Any) -> Pairs:
@@ -173,7 +268,7 @@ def _positives_and_negatives(table: pa.Table, query: str, positive: str, negativ
         known = score in table.column_names and _is_list(table[score].type)
         scores.append(_aligned(table, score, sizes, name) if known else np.full(len(text), np.nan))
     return _pairs(
-        _asked(table, query, tokenizer),
+        _queries(table, query, tokenizer),
         (_join(texts), _join(ids)),
         np.concatenate(labels),
         np.concatenate(scores),
@@ -199,19 +294,18 @@ def _pairs(
         rows: Row of each pair's query; None if there is one pair a row.
         order: Place of each pair's passage; None if they are in order.
     """
-    asked, queries = distinct(*query, "q")
-    shown, passages = distinct(*passage, "p")
-    asked = asked if rows is None else asked[rows]
-    shown = shown if order is None else shown[order]
-    unknown = np.full(len(asked), np.nan)
-    given = unknown if scores is None else scores
-    return Pairs(queries, passages, asked, shown, labels.astype(np.float32), given.astype(np.float32))
+    query_rows, queries = distinct(*query, "q")
+    passage_rows, passages = distinct(*passage, "p")
+    query_rows = query_rows if rows is None else query_rows[rows]
+    passage_rows = passage_rows if order is None else passage_rows[order]
+    scores = np.full(len(query_rows), np.nan) if scores is None else scores
+    return Pairs(queries, passages, query_rows, passage_rows, labels.astype(np.float32), scores.astype(np.float32))
 
 
-def _asked(table: pa.Table, name: str, tokenizer: Any = None) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
-    """Queries and their ids."""
+def _queries(table: pa.Table, name: str, tokenizer: Any = None) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
+    """Return queries and their ids."""
     texts, ids = _texts(table[name], name, tokenizer)
-    return texts, _first(table, QUERY_IDS) if ids is None else ids
+    return texts, _ids(table, QUERY_IDS) if ids is None else ids
 
 
 def _texts(items: pa.ChunkedArray, name: str, tokenizer: Any) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
@@ -219,25 +313,60 @@ def _texts(items: pa.ChunkedArray, name: str, tokenizer: Any) -> tuple[pa.Chunke
     kind = items.type
     if pa.types.is_struct(kind):
         fields = [field.name for field in kind]
-        text = next((field for field in TEXTS if field in fields), None)
+        text = next((field for field in (*TEXTS, *QUERIES) if field in fields), None)
         if text is None:
-            raise GroupsError(f"{name} holds objects without {' or '.join(TEXTS)}; they have: {', '.join(fields)}")
+            known = " or ".join((*TEXTS, *QUERIES))
+            raise GroupsError(f"{name} holds objects without {known}; they have: {', '.join(fields)}")
         texts, _ = _texts(pc.struct_field(items, text), f"{name}.{text}", tokenizer)
         if "title" in fields:
             texts = with_titles(texts, pc.struct_field(items, "title"))
         named = next((field for field in (*PASSAGE_IDS, *QUERY_IDS) if field in fields), None)
-        return texts, None if named is None else pc.struct_field(items, named)
-    if _is_list(kind) and pa.types.is_integer(kind.value_type):
+        return texts, None if named is None else texts_of(pc.struct_field(items, named), f"{name}.{named}", GroupsError)
+    if _is_list(kind) and _says_numbers(items):
         if tokenizer is None:
             raise GroupsError(
                 f"{name} holds token ids; pass the tokenizer that made them, as to_groups(..., tokenizer="
                 "AutoTokenizer.from_pretrained(...)), to have the texts back"
             )
-        texts = tokenizer.batch_decode([ids or [] for ids in items.to_pylist()], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(
+            [[int(i) for i in ids or ()] for ids in items.to_pylist()], skip_special_tokens=True
+        )
         return pa.chunked_array([pa.array(texts, pa.large_string())]), None
-    if not (_is_text(kind) or pa.types.is_null(kind)):
+    if not (_is_text(kind) or _is_number(kind) or pa.types.is_null(kind)):
         raise GroupsError(f"{name} must hold texts, not {kind}. {UNDERSTOOD}")
-    return items.cast(pa.large_string()), None
+    return texts_of(items, name, GroupsError), None
+
+
+def _labels_of(column: pa.ChunkedArray, name: str) -> np.ndarray:
+    """Labels as numbers; a word is understood, and never taken by its place among the classes."""
+    if _is_text(column.type):
+        known = {
+            word: number for word in column.unique().to_pylist() if (number := _WORDS.get(_word(word))) is not None
+        }
+        if known:
+            number = pa.array([str(known[word]) for word in known])
+            place = pc.index_in(column, value_set=pa.array(list(known)))
+            column = pc.coalesce(number.take(place), column.cast(pa.string()))
+        said = [value for value in column.unique().to_pylist() if value is not None and not _floats_or_none(value)]
+        if said:
+            raise GroupsError(
+                f"{name} holds {', '.join(repr(value[:40]) for value in said[:5])}: labels are numbers, of which those "
+                f"above 0 are positive, or words such as {', '.join(_RELEVANT[:3])} and "
+                f"{', '.join(_NOT_RELEVANT[:3])}; turn others into numbers"
+            )
+    return numbers_of(column, name, GroupsError)
+
+
+def _word(value: Any) -> str:
+    return canonical(str(value)) if value is not None else ""
+
+
+def _floats_or_none(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _grades(
@@ -260,8 +389,8 @@ def _grades(
 # ---- columns
 
 
-def _aligned(table: pa.Table, name: str, sizes: np.ndarray, to: str) -> np.ndarray:
-    """The numbers of a list column, NaN for null; one list has as many as ``sizes`` says, or is null."""
+def _aligned(table: pa.Table, name: str, sizes: np.ndarray, to: str, labels: bool = False) -> np.ndarray:
+    """Return the numbers of a list column, NaN for null; one list has as many as ``sizes`` says, or is null."""
     column = table[name]
     if not _is_list(column.type):
         raise GroupsError(f"{name} must be a list for each row, one number for each of {to}, not {column.type}")
@@ -273,12 +402,15 @@ def _aligned(table: pa.Table, name: str, sizes: np.ndarray, to: str) -> np.ndarr
         row = int(bad.argmax())
         raise GroupsError(f"row {row}: {lengths[row]} {name} for {sizes[row]} of {to}")
     values = np.full(int(sizes.sum()), np.nan)
-    values[~np.repeat(missing, sizes)] = _floats(pc.list_flatten(column))
-    return values
-
-
-def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    values: np.ndarray = column.cast(pa.float64()).to_numpy()
+    items = pc.list_flatten(column)
+    if labels and _is_text(items.type) and not items.null_count:
+        numbers = _labels_of(items, name)
+    else:
+        try:
+            numbers = as_floats(items).to_numpy()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise GroupsError(f"{name}: {' '.join(str(error).split())}") from None
+    values[~np.repeat(missing, sizes)] = numbers
     return values
 
 
@@ -291,8 +423,11 @@ def _row_of(sizes: np.ndarray, bad: np.ndarray) -> int:
     return int(np.searchsorted(np.cumsum(sizes), bad.argmax(), side="right"))
 
 
-def _first(table: pa.Table, names: Sequence[str]) -> pa.ChunkedArray | None:
-    return next((table[name] for name in names if name in table.column_names), None)
+def _ids(table: pa.Table, names: Sequence[str]) -> pa.ChunkedArray | None:
+    """The column of ids that has the first of several names."""
+    have = {canonical(name): name for name in table.column_names}
+    name = next((have[name] for name in names if name in have), None)
+    return None if name is None else texts_of(table[name], name, GroupsError)
 
 
 def _join(parts: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
@@ -306,6 +441,21 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _says_numbers(column: pa.ChunkedArray) -> bool:
+    """Whether a column, or the lists of one, holds numbers, or texts that all say one."""
+    if _is_list(column.type):
+        column = pc.list_flatten(column)
+    if _is_number(column.type):
+        return True
+    if not _is_text(column.type) or len(column) == column.null_count:
+        return False
+    try:
+        as_floats(column)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _is_number(kind: pa.DataType) -> bool:

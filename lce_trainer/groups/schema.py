@@ -18,6 +18,7 @@ from datasets.fingerprint import update_fingerprint
 
 from lce_trainer.compat import fingerprint, row_selection
 from lce_trainer.errors import GroupsError
+from lce_trainer.files import class_names
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ def check_groups(groups: datasets.Dataset, name: str = "") -> datasets.Dataset:
             f"{where}groups need the columns {', '.join(_REQUIRED)}; missing: {', '.join(missing)}; there are: "
             f"{', '.join(groups.column_names)}. lce_trainer.to_groups turns other layouts into groups"
         )
+    if names := class_names(groups.features["labels"]):
+        raise GroupsError(f"{where}labels are classes ({', '.join(names)}), not numbers: pass the rows to to_groups")
     if groups.format["type"] == "custom":  # set_transform
         groups = datasets.Dataset.from_dict(groups[:])
     table = _with_every_column(groups.data.table, where)
@@ -140,13 +143,6 @@ def count_contradictions(groups: datasets.Dataset) -> int:
         torn = (np.diff(text) == 0) & (np.diff(label) > 0) & (label[1:] > 0)
         count += len(np.unique(text[1:][torn] // max(len(texts), 1)))
     return count
-
-
-def arrow_table(table: datasets.Dataset) -> pa.Table:
-    """The rows of a dataset, a selection or transform of it applied."""
-    if table.format["type"] == "custom":  # set_transform
-        table = datasets.Dataset.from_dict(table[:])
-    return table.flatten_indices().data.table if row_selection(table) is not None else table.data.table
 
 
 def _selection(table: datasets.Dataset) -> np.ndarray | None:

@@ -1,34 +1,17 @@
 """Queries, passages, judgments and runs, as TREC, MS MARCO and BEIR publish them, into judged pairs."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from lce_trainer.errors import GroupsError
-from lce_trainer.files import (
-    PASSAGE_IDS,
-    QUERY_IDS,
-    TEXTS,
-    column_of,
-    numbers_of,
-    read_fields,
-    read_file,
-    with_titles,
-)
+from lce_trainer.files import PASSAGE_IDS, QUERY_IDS
 from lce_trainer.groups.pairs import Pairs, Texts, distinct
-from lce_trainer.groups.schema import arrow_table
+from lce_trainer.qrels import Source, Triples, read_qrels, read_run, read_texts
 
-Source: TypeAlias = str | Path | datasets.Dataset | Mapping[str, Any]
-Ids: TypeAlias = tuple[pa.ChunkedArray, pa.ChunkedArray]  # of a query and of a passage, a row each
-
-_CANDIDATES = ("passage_ids", "doc_ids", "document_ids", "docids", "pids", "candidates")
-_GRADES = ("grade", "score", "label", "relevance", "rel")
-_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".tsv", ".tsv.gz")
+_ENDINGS = tuple(f"{end}{packed}" for end in (".jsonl", ".parquet", ".tsv") for packed in ("", ".gz", ".zst"))
 
 
 def judged_pairs(
@@ -53,12 +36,13 @@ def judged_pairs(
     Raises:
         GroupsError: A file or dataset is not what it should be, or none of its ids is known.
     """
-    query_ids, query_texts = _texts(queries, "queries", QUERY_IDS)
-    passage_ids, passage_texts = _texts(corpus, "corpus", PASSAGE_IDS)
+    query_ids, query_texts = read_texts(queries, "queries", QUERY_IDS, GroupsError)
+    passage_ids, passage_texts = read_texts(corpus, "corpus", PASSAGE_IDS, GroupsError)
     size = len(passage_ids)
     counts = {"queries_read": len(query_ids), "passages_read": size}
-    ids, values = _judgments(qrels)
-    query, passage = _rows(ids, (query_ids, passage_ids), "judgments", counts)
+    judgments = read_qrels(qrels, GroupsError)
+    query, passage = _rows(judgments, (query_ids, passage_ids), "judgments", counts)
+    values = judgments.values
     known = (query >= 0) & (passage >= 0)
     query, passage, values = query[known], passage[known], values[known]
     positive = values > 0 if positive_from is None else values >= positive_from
@@ -106,109 +90,14 @@ def beir_files(folder: Path, split: str) -> dict[str, Path] | None:
     return {"corpus": found["corpus"], "queries": found["queries"], "qrels": splits[split]}
 
 
-def _texts(source: Source, what: str, names: tuple[str, ...]) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """Ids and texts of queries or passages."""
-    if isinstance(source, Mapping):
-        fields = [value if isinstance(value, Mapping) else {"text": value} for value in source.values()]
-        columns = [[str(key) for key in source], *([value.get(name) for value in fields] for name in ("text", "title"))]
-        table = pa.table([pa.array(column, pa.large_string()) for column in columns], ["_id", "text", "title"])
-    else:
-        table = _table(source, what, "\t")
-    title: pa.ChunkedArray | None
-    if table.column_names[0] == "f0":
-        # MS MARCO: id and text of passages and queries; id, url, title and body of documents.
-        if table.num_columns not in (2, 4):
-            raise GroupsError(f"{what}: {source} must have 2 columns, id and text, not {table.num_columns}")
-        ids, texts, title = table["f0"], table.column(table.num_columns - 1), None
-        if table.num_columns == 4:
-            title = table["f2"]
-    else:
-        ids, texts = column_of(table, names, what), column_of(table, TEXTS, what)
-        title = table["title"] if "title" in table.column_names else None
-    texts = texts.cast(pa.large_string()) if title is None else with_titles(texts, title)
-    return ids.cast(pa.large_string()), texts
-
-
-def _judgments(source: Source) -> tuple[Ids, np.ndarray]:
-    """Query, passage and grade of each judgment."""
-    if isinstance(source, Mapping):
-        return _nested({query: dict(grades) for query, grades in source.items()})
-    table = _table(source, "qrels", None)
-    if table.column_names[0] != "f0":
-        columns = [column_of(table, names, "qrels") for names in (QUERY_IDS, PASSAGE_IDS, _GRADES)]
-    elif table.num_columns in (3, 4):
-        columns = [table.column(i) for i in (0, table.num_columns - 2, table.num_columns - 1)]
-    else:
-        raise GroupsError(
-            f"qrels: {source} must have 4 columns (query, 0, passage, grade) or 3 (query, passage, grade), "
-            f"not {table.num_columns}"
-        )
-    return (columns[0], columns[1]), numbers_of(columns[2], "qrels")
-
-
-def _candidates(source: Source) -> tuple[Ids, np.ndarray]:
-    """Query, passage and place of each candidate; lower places are better."""
-    if isinstance(source, Mapping):
-        ids, place = _nested(
-            {
-                query: {key: -score for key, score in found.items()}
-                if isinstance(found, Mapping)
-                else {key: place for place, key in enumerate(found)}
-                for query, found in source.items()
-            }
-        )
-        return ids, place
-    table = _table(source, "run", None)
-    if table.column_names[0] == "f0":
-        if table.num_columns == 6:  # trec_eval, too, goes by the score and not by the rank
-            return (table["f0"], table["f2"]), -numbers_of(table["f4"], "run")
-        if table.num_columns == 3:
-            return (table["f0"], table["f1"]), numbers_of(table["f2"], "run")
-        raise GroupsError(
-            f"run: {source} must have 6 columns (query, Q0, passage, rank, score, tag) or 3 (query, passage, rank), "
-            f"not {table.num_columns}"
-        )
-    query = column_of(table, QUERY_IDS, "run")
-    lists = [name for name in _CANDIDATES if name in table.column_names]
-    if lists:
-        row = np.repeat(np.arange(len(query)), pc.fill_null(pc.list_value_length(table[lists[0]]), 0).to_numpy())
-        return (query.take(pa.array(row)), pc.list_flatten(table[lists[0]])), np.arange(len(row), dtype=np.float64)
-    if "rank" in table.column_names:
-        place = numbers_of(table["rank"], "run")
-    else:
-        place = -numbers_of(column_of(table, ("score", "bm25_score"), "run without a column rank"), "run")
-    return (query, column_of(table, PASSAGE_IDS, "run")), place
-
-
-def _table(source: str | Path | datasets.Dataset, what: str, delimiter: str | None) -> pa.Table:
-    """What was given, as a table; without column names it has ``f0``, ``f1`` and so on."""
-    if isinstance(source, datasets.Dataset):
-        return arrow_table(source)
-    if not isinstance(source, (str, Path)):
-        raise GroupsError(f"{what} must be a file, a datasets.Dataset or a dict, not {type(source).__name__}")
-    path = Path(source)
-    if not path.is_file():
-        raise GroupsError(f"{what}: there is no file {path}; of a Hub dataset, pass what load_dataset returns")
-    if path.name.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet", ".csv")):
-        return read_file(path)
-    return read_fields(path, delimiter)
-
-
-def _nested(source: Mapping[Any, Mapping[Any, float]]) -> tuple[Ids, np.ndarray]:
-    rows = [
-        (str(query), str(passage), float(value)) for query, some in source.items() for passage, value in some.items()
-    ]
-    columns = [[row[i] for row in rows] for i in range(3)]
-    ids = [pa.chunked_array([pa.array(column, pa.large_string())]) for column in columns[:2]]
-    return (ids[0], ids[1]), np.array(columns[2], dtype=np.float64)
-
-
-def _rows(ids: Ids, known: Ids, what: str, counts: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+def _rows(
+    triples: Triples, known: tuple[pa.ChunkedArray, pa.ChunkedArray], what: str, counts: dict[str, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows of queries and passages by their ids; -1 where there is none of that id, which is counted."""
     rows = []
-    counts[f"{what}_read"] = len(ids[0])
-    for some, all_ids, kind in zip(ids, known, ("query", "passage"), strict=True):
-        found = pc.index_in(some.cast(pa.large_string()), value_set=all_ids)
+    counts[f"{what}_read"] = len(triples.values)
+    for some, all_ids, kind in zip((triples.queries, triples.passages), known, ("query", "passage"), strict=True):
+        found = pc.index_in(some, value_set=all_ids)
         rows.append(pc.fill_null(found, -1).to_numpy().astype(np.int64))
         counts[f"{what}_unknown_{kind}"] = int((rows[-1] < 0).sum())
         if len(some) and (rows[-1] < 0).all():
@@ -220,16 +109,27 @@ def _rows(ids: Ids, known: Ids, what: str, counts: dict[str, int]) -> tuple[np.n
 
 
 def _window(
-    run: Source, known: Ids, judged: np.ndarray, window: tuple[int, int | None], counts: dict[str, int]
+    run: Source,
+    known: tuple[pa.ChunkedArray, pa.ChunkedArray],
+    judged: np.ndarray,
+    window: tuple[int, int | None],
+    counts: dict[str, int],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Candidates of judged queries between ``skip`` and ``depth``, in the order of the run."""
-    ids, place = _candidates(run)
-    query, passage = _rows(ids, known, "candidates", counts)
+    candidates = read_run(run, GroupsError)
+    query, passage = _rows(candidates, known, "candidates", counts)
+    # Where the corpus lacks a passage, its id still takes a place in the run.
+    names = pc.index_in(candidates.passages, value_set=candidates.passages.unique()).to_numpy().astype(np.int64)
     wanted = (query >= 0) & judged[query]
     counts["candidates_of_other_queries"] = int(((query >= 0) & ~wanted).sum())
-    query, passage, place = query[wanted], passage[wanted], place[wanted]
-    order = np.lexsort((place, query))
-    query, passage = query[order], passage[order]
+    query, passage, names, scores = (values[wanted] for values in (query, passage, names, candidates.values))
+    order = np.lexsort((-scores, query))
+    query, passage, names = query[order], passage[order], names[order]
+    pair = query * max(int(names.max(initial=0)) + 1, 1) + names
+    first = np.zeros(len(pair), dtype=bool)
+    first[np.unique(pair, return_index=True)[1]] = True
+    counts["candidates_repeated"] = int((~first).sum())
+    query, passage = query[first], passage[first]
     rank = _places(query, np.arange(len(query)))
     inside = rank >= window[0]
     if window[1] is not None:
@@ -250,8 +150,8 @@ def _places(groups: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def _look_up(keys: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The value of each key, 0 where it is not known."""
-    order = np.argsort(known, kind="stable")
+    """Return the highest value of each key, 0 where it is not known."""
+    order = np.lexsort((-values, known))
     known, values = np.append(known[order], -1), np.append(values[order], 0.0)
     at = np.searchsorted(known[:-1], keys)
     return np.where(known[at] == keys, values[at], 0.0)

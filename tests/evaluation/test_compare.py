@@ -187,8 +187,8 @@ GOOD = {"query_id": "1", "query": "sort", "doc_ids": ["sorted"]}
     ("text", "message"),
     [
         ("", "holds no rows"),
-        ("{not json", "row 1 is not JSON"),
-        ("[1]", "row 1 must be a JSON object"),
+        ("{not json", "line 1 is not JSON"),
+        ("[1]", "line 1: expected an object"),
         (json.dumps(GOOD) + "\n\n" + json.dumps({"query_id": "2"}), "row 3: 'query' is missing or null"),
         (json.dumps(GOOD) + "\n" + json.dumps(GOOD), "row 2: query_id '1' was given before"),
         (json.dumps({**GOOD, "doc_ids": []}), "row 1: doc_ids must be a list"),
@@ -250,7 +250,7 @@ def test_judged_candidates_come_in_rank_order_and_unjudged_queries_are_left_out(
     [
         ([candidate("q1", "a", 1)], [{"query_id": "q2", "doc_id": "a", "grade": 1}], "judges none of the queries"),
         ([candidate("q1", "a", 1)], [{"query_id": "q1", "doc_id": "a", "grade": 0.5}], "row 1: grade must be a whole"),
-        ([candidate("q1", "a", 1)], [{"query_id": "q1", "doc_id": "a"}], "row 1: 'grade' is missing"),
+        ([candidate("q1", "a", 1)], [{"query_id": "q1", "doc_id": "a"}], "no column label or labels or grade or grades or the like; there are: query_id, doc_id"),
         (
             [candidate("q1", "a", 1), candidate("q1", "b", 2, query="another")],
             [{"query_id": "q1", "doc_id": "a", "grade": 1}],

@@ -285,7 +285,7 @@ def test_what_is_not_understood_is_an_error_that_says_what_is(columns, message):
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"query": "a"}\n{"query": \n')
-    with pytest.raises(GroupsError, match=r"bad\.jsonl: JSON parse error"):
+    with pytest.raises(GroupsError, match=r"bad\.jsonl, line 2 is not JSON"):
         to_groups(tmp_path / "bad.jsonl")
     (tmp_path / "a.xlsx").write_text("")
     with pytest.raises(GroupsError, match=r"a\.xlsx must end in \.jsonl"):

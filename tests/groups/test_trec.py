@@ -40,7 +40,7 @@ def ms_marco(folder: Path, end: str = "") -> dict[str, Path]:
         ),
         "corpus": write(folder / f"collection.tsv{end}", "".join(f"{key}\t{text}\n" for key, text in CORPUS.items())),
         "qrels": write(folder / f"qrels.train.tsv{end}", "".join(f"{q}\t0\t{p}\t{g}\n" for q, p, g in judged)),
-        "run": write(folder / f"run.tsv{end}", "".join(f"{q}\t{p}\t{r}\n" for q, p, r in reversed(ranked))),
+        "run": write(folder / f"run.tsv{end}", "".join(f"{q}\t{p}\t{r}\n" for q, p, r in sorted(ranked))),
     }
 
 
@@ -200,7 +200,7 @@ def test_files_of_another_shape_are_errors_that_say_what_is_wanted(tmp_path):
     for name, (text, message) in wrong.items():
         with pytest.raises(GroupsError, match=message):
             to_groups(**{**files, name: write(tmp_path / "wrong.txt", text)})
-    with pytest.raises(GroupsError, match=r"wrong\.txt line 2: 3 fields where the first line has 6"):
+    with pytest.raises(GroupsError, match=r"wrong\.txt, line 2: 3 fields where the first line has 6"):
         to_groups(**{**files, "run": write(tmp_path / "wrong.txt", "1 Q0 p 1 2.5 x\n1 Q0 y\n")})
     with pytest.raises(GroupsError, match=r"qrels: .*high"):
         to_groups(**{**files, "qrels": write(tmp_path / "wrong.txt", "1 0 p 1\n1 0 y high\n")})
