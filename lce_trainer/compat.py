@@ -212,7 +212,7 @@ NAMES = (
         "set after the plugin was made: no two steps have one shape",
     ),
     # ---- datasets
-    Name("datasets.Dataset._indices", "files, groups.schema", "a selection of rows stays one, and copies no text"),
+    Name("datasets.Dataset._indices", "groups.schema", "a selection of rows stays one, and copies no text"),
     Name("datasets.Dataset._fingerprint", "groups.schema", "checked rows get a new one without hashing every byte"),
     # ---- bitsandbytes
     Name(
