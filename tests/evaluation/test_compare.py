@@ -250,7 +250,11 @@ def test_judged_candidates_come_in_rank_order_and_unjudged_queries_are_left_out(
     [
         ([candidate("q1", "a", 1)], [{"query_id": "q2", "doc_id": "a", "grade": 1}], "judges none of the queries"),
         ([candidate("q1", "a", 1)], [{"query_id": "q1", "doc_id": "a", "grade": 0.5}], "row 1: grade must be a whole"),
-        ([candidate("q1", "a", 1)], [{"query_id": "q1", "doc_id": "a"}], "no column label .* there are: query_id, doc_id"),
+        (
+            [candidate("q1", "a", 1)],
+            [{"query_id": "q1", "doc_id": "a"}],
+            "no column label .* there are: query_id, doc_id",
+        ),
         (
             [candidate("q1", "a", 1), candidate("q1", "b", 2, query="another")],
             [{"query_id": "q1", "doc_id": "a", "grade": 1}],
