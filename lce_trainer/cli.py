@@ -3,11 +3,14 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from lce_trainer.errors import LCETrainerError
@@ -36,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = _parser().parse_args(argv)
     _speak(arguments.verbose)
+    # A rank of several may be inside a collective operation, where Python's handlers wait: it ends at once, as ever.
+    if threading.current_thread() is threading.main_thread() and "RANK" not in os.environ:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         return _run(arguments)
     except (LCETrainerError, OSError) as error:
@@ -45,9 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("interrupted: run the same command again to go on", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stopped, _Terminated) else 130
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as an interrupt by the keyboard does."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 def _parser() -> argparse.ArgumentParser:

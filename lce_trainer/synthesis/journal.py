@@ -1,13 +1,16 @@
 """The crash-safe record of every answer a language model gave, and the loop that asks for the rest.
 
-One JSON line a batch: ``{"sha256": digest of the answers, "answers": {key: answer}}``. A batch is
-written whole and forced to disk before the next is asked for, so a killed run loses at most the
-batch in flight: half a line at the end of the file, which the next run drops.
+A line of JSON is a record: ``{"sha256": digest of the answers, "answers": {key: answer}}``. Answers that are
+computed together are one record, since each may depend in its last bits on the others; a server's are recorded one
+by one, as they come. A record is written before the next is asked for, so a killed run loses at most the calls in
+flight, and half a line at the end of the file, which the next run drops.
 """
 
+import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,25 +28,32 @@ except ImportError:  # Windows has no advisory locks of this kind; one writer at
 
 logger = logging.getLogger(__name__)
 
+# Seconds between two times that single answers are forced to the disk: a killed process loses none of them, and a
+# power cut those of the last second.
+_SYNC_SECONDS = 1.0
+_HEAD = b'{"sha256": "0123456789abcdef", "answers": '
+
 
 def ask(
     journal: "Journal",
     keys: Sequence[str],
     batches: Sequence[Sequence[int]],
-    call: Callable[[Sequence[int]], Sequence[Any]],
+    call: Callable[[Sequence[int], Callable[[int, Any], None]], Sequence[Any]],
     desc: str,
 ) -> list[Any]:
     """The answer to every key: from the journal where it is known, else from ``call``.
 
-    An answer can depend in its last bits on what shares its batch, so a resumed run is equal to
-    an uninterrupted one because both plan the same batches, and each is journalled whole.
+    An answer that is computed here can depend in its last bits on what shares its batch, so a resumed run is equal
+    to an uninterrupted one because both plan the same batches, and each is recorded whole. What depends on nothing
+    else is recorded as it comes.
 
     Args:
         journal: Where answers are kept.
         keys: Digest of everything each answer depends on. Equal keys are asked once.
         batches: Indices into ``keys``, in the order to ask; a function of the inputs alone, never
             of what is already answered.
-        call: Asks for some indices; returns one JSON-able answer for each, in order.
+        call: Asks for some indices; returns one JSON-able answer for each, in order. Its second argument is to be
+            called with the place and the answer of each that comes alone, before the others.
         desc: Label of the progress bar.
 
     Returns:
@@ -55,10 +65,19 @@ def ask(
     with tqdm(total=sum(map(len, batches)), desc=desc) as progress:
         for batch in batches:
             missing = list({keys[index]: index for index in batch if keys[index] not in journal}.values())
+            alone = 0
+
+            def record(place: int, answer: Any, missing: Sequence[int] = missing) -> None:
+                nonlocal alone
+                journal.append({keys[missing[place]]: answer}, sync=False)
+                alone += 1
+                progress.update()
+
             if missing:
-                answers = call(missing)
-                journal.append({keys[index]: answer for index, answer in zip(missing, answers, strict=True)})
-            progress.update(len(batch))
+                answers = call(missing, record)
+                together = {keys[index]: answer for index, answer in zip(missing, answers, strict=True)}
+                journal.append({key: answer for key, answer in together.items() if key not in journal})
+            progress.update(len(batch) - alone)
     return [journal[key] for key in keys]
 
 
@@ -77,6 +96,7 @@ class Journal:
         """
         self.path = path
         self._answers: dict[str, Any] = {}
+        self._synced = time.monotonic()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b", buffering=0)
@@ -110,31 +130,46 @@ class Journal:
         """The answer to a key; None when there is none, or when None is the answer (``in`` tells)."""
         return self._answers.get(key)
 
-    def append(self, records: Mapping[str, Any]) -> None:
-        """Record one batch of answers: all of it is on disk when this returns, or none.
+    def append(self, records: Mapping[str, Any], *, sync: bool = True) -> None:
+        """Write one record of answers: all of it is in the file when this returns, or none.
 
         Args:
-            records: JSON-able answers by key.
+            records: JSON-able answers by key; none only forces to the disk what was written before.
+            sync: Force it to the disk before this returns; otherwise once a second, and when the journal is closed.
 
         Raises:
             ArtifactError: The disk is full or fails; the file is left as it was.
         """
-        # Read back from JSON, so that a fresh run and a resumed one see the same types.
-        answers = json.loads(json.dumps(dict(records), allow_nan=False))
-        line = json.dumps({"sha256": digest(answers), "answers": answers}) + "\n"
         size = self._file.seek(0, os.SEEK_END)
         try:
-            if self._file.write(line.encode()) != len(line):
-                raise OSError(0, "only part of the line was written; the disk is likely full")
-            os.fsync(self._file.fileno())
+            if records:
+                text = json.dumps(dict(records), allow_nan=False, sort_keys=True)
+                # Read back from JSON, so that a fresh run and a resumed one have the same types.
+                answers = json.loads(text)
+                line = f'{{"sha256": "{digest(answers)}", "answers": {text}}}\n'.encode()
+                if self._file.write(line) != len(line):
+                    raise OSError(0, "only part of the line was written; the disk is likely full")
+            self._sync(now=sync)
         except OSError as error:
             self._file.truncate(size)
             raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from None
-        self._answers.update(answers)
+        if records:
+            self._answers.update(answers)
 
     def close(self) -> None:
         """Let go of the file; another process may open it."""
-        self._file.close()
+        if not self._file.closed:
+            try:
+                self._sync(now=True)
+            except OSError as error:
+                raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from None
+            finally:
+                self._file.close()
+
+    def _sync(self, now: bool) -> None:
+        if now or time.monotonic() - self._synced > _SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
 
     def _lock(self) -> None:
         if fcntl is None:
@@ -149,23 +184,22 @@ class Journal:
             logger.warning("%s cannot be locked (%s): do not start a second run on it", self.path, error.strerror)
 
     def _read(self) -> None:
-        self._file.seek(0)
-        *lines, tail = self._file.read().split(b"\n")
-        end = 0
-        for number, line in enumerate(lines, start=1):
-            answers = _parse(line)
-            if answers is None:
-                if number < len(lines) or tail:
+        end, dropped = 0, None
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if dropped is not None:
                     raise ArtifactError(
-                        f"{self.path}:{number} is damaged: delete that line to have its answers asked again, "
+                        f"{self.path}:{number - 1} is damaged: delete that line to have its answers asked again, "
                         "or the file to have all of them"
                     )
-                tail = line
-                break
-            self._answers.update(answers)
-            end += len(line) + 1
-        if tail:
-            logger.warning("%s: dropped %d bytes of a batch that was cut off while written", self.path, len(tail))
+                answers = _parse(line[:-1]) if line.endswith(b"\n") else None
+                if answers is None:
+                    dropped = len(line)
+                else:
+                    self._answers.update(answers)
+                    end += len(line)
+        if dropped is not None:
+            logger.warning("%s: dropped %d bytes of a batch that was cut off while written", self.path, dropped)
             self._file.truncate(end)
 
 
@@ -174,7 +208,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
         answers = record["answers"]
-        whole = isinstance(answers, dict) and record["sha256"] == digest(answers)
-    except (ValueError, KeyError, TypeError):
+        if not isinstance(answers, dict):
+            return None
+        # A line of this version is hashed as it stands, without writing its answers again.
+        whole = hashlib.sha256(line[len(_HEAD) : -1]).hexdigest()[:16] == record["sha256"]
+        whole = whole or record["sha256"] == digest(answers)
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return answers if whole else None

@@ -23,7 +23,7 @@ from lce_trainer.errors import LabelError
 from lce_trainer.groups.schema import GROUPS_FEATURES
 from lce_trainer.settings import option
 from lce_trainer.synthesis.journal import Journal, ask
-from lce_trainer.synthesis.llm.protocol import LLM
+from lce_trainer.synthesis.llm.protocol import LLM, Each
 from lce_trainer.synthesis.prompts import Prompt
 from lce_trainer.synthesis.queries import cut_words, plan_batches
 from lce_trainer.synthesis.shortcut import auc, shortcut_probe, word_counts
@@ -206,17 +206,22 @@ def _judge(
         text = prompt.render(passage=shown, examples=config.examples)
         return text, query if text[-1:].isspace() else f" {query}"
 
-    def call(batch: Sequence[int]) -> Sequence[float | None]:
+    def score_of(index: int, answer: Any) -> float | None:
+        if verdict:
+            return None if answer is None else float(answer[0])
+        if not math.isfinite(answer):
+            raise LabelError(f"{llm.name} scored the query {pairs[index][0][:60]!r} {answer}, not a finite number")
+        return float(answer)
+
+    def call(batch: Sequence[int], each: Each) -> Sequence[float | None]:
         texts, continuations = zip(*map(render, batch), strict=True)
-        if not verdict:
-            found = llm.score(texts, continuations)
-            for index, value in zip(batch, found, strict=True):
-                if not math.isfinite(value):
-                    raise LabelError(
-                        f"{llm.name} scored the query {pairs[index][0][:60]!r} {value}, not a finite number"
-                    )
-            return found
-        return [None if said is None else said[0] for said in llm.choose(texts, [_YES, _NO])]
+
+        def came(place: int, answer: Any) -> None:
+            each(place, score_of(batch[place], answer))
+
+        answers: Sequence[Any]
+        answers = llm.choose(texts, [_YES, _NO], each=came) if verdict else llm.score(texts, continuations, each=came)
+        return [score_of(index, answer) for index, answer in zip(batch, answers, strict=True)]
 
     # Prompts are rendered again when they are asked: all of them at once would fill the memory.
     asked = _YES + _NO if verdict else ()

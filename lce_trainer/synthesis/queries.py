@@ -13,7 +13,7 @@ from lce_trainer.artifacts import digest
 from lce_trainer.errors import LLMError
 from lce_trainer.settings import option
 from lce_trainer.synthesis.journal import Journal, ask
-from lce_trainer.synthesis.llm.protocol import LLM
+from lce_trainer.synthesis.llm.protocol import LLM, Each
 from lce_trainer.synthesis.prompts import Prompt
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
 
@@ -27,7 +27,8 @@ QUERIES_FEATURES = datasets.Features(
 )
 # A query is one line; what a base model writes after it is the next example.
 _STOP = ("\n",)
-# Prompts handed to the LLM at once, which is also what a killed run loses; the LLM sorts and cuts them to its memory.
+# Prompts handed to the LLM at once; the LLM sorts and cuts them to its memory. A killed run loses so many answers of a
+# model that runs here, and of a server those in flight.
 _BATCH = 128
 _WINDOW = 16
 
@@ -115,7 +116,7 @@ def generate_queries(
         for item, (row, _) in enumerate(items)
     ]
 
-    def complete(batch: Sequence[int]) -> list[str]:
+    def complete(batch: Sequence[int], each: Each) -> list[str]:
         return llm.complete(
             [prompts[items[item][0]] for item in batch],
             max_new_tokens=config.max_new_tokens,
@@ -123,6 +124,7 @@ def generate_queries(
             top_p=config.top_p,
             seeds=[seeds[item] for item in batch],
             stop=_STOP,
+            each=each,
         )
 
     batches = plan_batches([row for row, _ in items], seed)
@@ -204,6 +206,7 @@ def cut_words(text: str, limit: int) -> str:
 
 def clean_query(completion: str) -> str:
     """The query in what the LLM wrote: its first line without bullet, number, label or quotes."""
+    completion = completion.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half an emoji is no text
     query = " ".join(completion.strip().partition("\n")[0].split())
     before = None
     while query != before:

@@ -83,8 +83,8 @@ def _die_at(moment: Moment) -> None:
 
     append = Journal.append
 
-    def watched(journal: Journal, records: dict[str, Any]) -> None:
-        append(journal, records)
+    def watched(journal: Journal, records: dict[str, Any], *, sync: bool = True) -> None:
+        append(journal, records, sync=sync)
         watch("journal", [journal.path])
 
     sys.addaudithook(watch)

@@ -3,8 +3,9 @@
 import json
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 class FakeLLM:
@@ -47,18 +48,23 @@ class FakeLLM:
         top_p: float,
         seeds: Sequence[int],
         stop: Sequence[str],
+        each: Callable[[int, Any], None] | None = None,
     ) -> list[str]:
         planned = [self._completions[prompt] for prompt in prompts]
         self._count([(prompt, str(seed)) for prompt, seed in zip(prompts, seeds, strict=True)])
         self.seeds += seeds
         return [texts[seed % len(texts)] for texts, seed in zip(planned, seeds, strict=True)]
 
-    def choose(self, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[float] | None]:
+    def choose(
+        self, prompts: Sequence[str], options: Sequence[Sequence[str]], each: Callable[[int, Any], None] | None = None
+    ) -> list[list[float] | None]:
         planned = [self._choices[prompt] for prompt in prompts]
         self._count([(prompt,) for prompt in prompts])
         return planned
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+    def score(
+        self, prompts: Sequence[str], continuations: Sequence[str], each: Callable[[int, Any], None] | None = None
+    ) -> list[float]:
         pairs = list(zip(prompts, continuations, strict=True))
         planned = [self._scores[pair] for pair in pairs]
         self._count(pairs)

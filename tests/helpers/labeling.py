@@ -24,7 +24,7 @@ class HashedJudge:
         self.lean = lean
         self.asked = 0
 
-    def score(self, prompts, continuations):
+    def score(self, prompts, continuations, each=None):
         self.asked += len(prompts)
         pairs = list(zip(prompts, continuations, strict=True))
         noise = [int(hashlib.sha256("\0".join(pair).encode()).hexdigest()[:8], 16) / 2**32 for pair in pairs]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lce_trainer.artifacts import digest
 from lce_trainer.errors import ArtifactError
 from lce_trainer.synthesis.journal import Journal, ask
 
@@ -26,7 +27,7 @@ class Model:
         self.asked: list[list[int]] = []
         self.dies_at = dies_at
 
-    def __call__(self, indices):
+    def __call__(self, indices, each):
         if len(self.asked) == self.dies_at:
             raise KeyboardInterrupt
         self.asked.append(list(indices))
@@ -125,7 +126,7 @@ def test_an_answer_reads_the_same_before_and_after_a_restart(path):
 def test_a_wrong_number_of_answers_is_never_journalled(path):
     with Journal(path) as journal:
         with pytest.raises(ValueError):
-            ask(journal, KEYS, BATCHES, lambda indices: ["one too few"] * (len(indices) - 1), "asking")
+            ask(journal, KEYS, BATCHES, lambda indices, each: ["one too few"] * (len(indices) - 1), "asking")
         assert len(journal) == 0
 
 
@@ -180,3 +181,64 @@ def test_a_process_killed_while_it_writes_loses_at_most_the_batch_in_flight(path
     with Journal(path) as journal:
         assert len(journal) // 50 in (done, done + 1) and len(journal) % 50 == 0
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
+
+
+class Server:
+    """Answers that come one by one, in another order than asked for; the connection breaks after so many."""
+
+    def __init__(self, breaks_at: int | None = None) -> None:
+        self.asked: list[int] = []
+        self.breaks_at = breaks_at
+
+    def __call__(self, indices, each):
+        answers = {}
+        for place in reversed(range(len(indices))):
+            if len(self.asked) == self.breaks_at:
+                raise KeyboardInterrupt
+            self.asked.append(indices[place])
+            answers[place] = {"text": f"answer {indices[place]}"}
+            each(place, answers[place])
+        return [answers[place] for place in range(len(indices))]
+
+
+@pytest.mark.parametrize("breaks_at", range(8))
+def test_answers_that_come_one_by_one_are_kept_one_by_one(path, breaks_at):
+    first, second = Server(breaks_at), Server()
+    try:
+        run(path, first)
+    except KeyboardInterrupt:
+        assert breaks_at < 7
+    assert [answer["text"] for answer in run(path, second)] == [f"answer {number}" for number in range(7)]
+    assert sorted(first.asked + second.asked) == list(range(7))
+    assert all(len(json.loads(line)["answers"]) == 1 for line in path.read_bytes().splitlines())
+
+
+def test_a_journal_of_an_earlier_version_is_read(path):
+    path.parent.mkdir()
+    answers = {"b": "é", "a": {"z": 1, "c": [None, 0.5]}}
+    path.write_text(json.dumps({"sha256": digest(answers), "answers": answers}) + "\n")
+    with Journal(path) as journal:
+        assert journal["a"] == answers["a"] and journal["b"] == "é" and len(journal) == 2
+
+
+ROWS = """
+import pathlib, resource, sys, time
+from lce_trainer.synthesis.journal import Journal
+start = time.process_time()
+with Journal(pathlib.Path(sys.argv[1])) as journal:
+    print(len(journal), time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_answers_are_read_in_bounded_time_and_memory(path):
+    path.parent.mkdir()
+    with path.open("w") as file:
+        for row in range(10**6):
+            answers = {f"{row:016x}": f"what is the answer to the question number {row} of a million?"}
+            file.write(json.dumps({"sha256": digest(answers), "answers": answers}) + "\n")
+    done = subprocess.run([sys.executable, "-c", ROWS, str(path)], capture_output=True, text=True, check=True)
+    rows, seconds, peak = map(float, done.stdout.split())
+    assert rows == 10**6
+    assert seconds < 60
+    assert peak < path.stat().st_size * 2 + 5e8  # the answers once, and what the imports take

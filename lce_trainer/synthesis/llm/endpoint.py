@@ -20,7 +20,7 @@ import tenacity
 from huggingface_hub import AsyncInferenceClient, errors, get_session, get_token
 
 from lce_trainer.errors import LLMError
-from lce_trainer.synthesis.llm.protocol import LLMConfig
+from lce_trainer.synthesis.llm.protocol import Each, LLMConfig
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,7 @@ class EndpointLLM:
         top_p: float,
         seeds: Sequence[int],
         stop: Sequence[str],
+        each: Each | None = None,
     ) -> list[str]:
         """See :meth:`lce_trainer.synthesis.llm.LLM.complete`; whether a seed repeats its answer is up to the server."""
         sampling: dict[str, Any] = {"stop": list(stop) or None}
@@ -134,9 +135,11 @@ class EndpointLLM:
                 raise _NoAnswerError("an answer without text")
             return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
 
-        return self._all(one, len(prompts))
+        return self._all(one, len(prompts), each)
 
-    def choose(self, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[float] | None]:
+    def choose(
+        self, prompts: Sequence[str], options: Sequence[Sequence[str]], each: Each | None = None
+    ) -> list[list[float] | None]:
         """See :meth:`lce_trainer.synthesis.llm.LLM.choose`; only forms that are one token and reported are counted."""
 
         async def one(client: AsyncInferenceClient, index: int) -> list[float] | None:
@@ -159,9 +162,9 @@ class EndpointLLM:
             masses = [sum(shares.get(form, 0.0) for form in dict.fromkeys(forms)) for forms in options]
             return [mass / sum(masses) for mass in masses] if sum(masses) > 0 else None
 
-        return self._all(one, len(prompts))
+        return self._all(one, len(prompts), each)
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[str], continuations: Sequence[str], each: Each | None = None) -> list[float]:
         """See :meth:`lce_trainer.synthesis.llm.LLM.score`; only TGI reports what it needs.
 
         Raises:
@@ -187,24 +190,44 @@ class EndpointLLM:
 
         both = [prompt + text for prompt, text in zip(prompts, continuations, strict=True)]
         texts = list(dict.fromkeys([*prompts, *both]))
-        prefills = dict(zip(texts, self._all(one, len(texts)), strict=True))
-        scores = []
+        scores: dict[int, float] = {}
+        pairs_of: dict[str, list[int]] = {}  # each text is sent once, and may belong to many pairs
         for index, (prompt, text) in enumerate(zip(prompts, both, strict=True)):
-            whole, alone = prefills[text], prefills[prompt]
+            pairs_of.setdefault(prompt, []).append(index)
+            pairs_of.setdefault(text, []).append(index)
+        prefills: dict[str, list[Any]] = {}
+
+        def scored(index: int) -> float:
+            whole, alone = prefills[both[index]], prefills[prompts[index]]
             pairs = enumerate(zip(whole, alone, strict=False))
             start = next((i for i, (a, b) in pairs if a[0] != b[0]), min(len(whole), len(alone)))
             logprobs = [logprob for _, logprob in whole[start:]]
             if start == 0 or not logprobs or None in logprobs:
                 raise LLMError(f"pair {index + 1} of {len(prompts)} has an empty prompt or continuation")
-            scores.append(sum(logprobs) / len(logprobs))
-        return scores
+            return float(sum(logprobs) / len(logprobs))
+
+        def came(place: int, prefill: list[Any]) -> None:
+            prefills[texts[place]] = prefill
+            for index in pairs_of[texts[place]]:
+                if index not in scores and prompts[index] in prefills and both[index] in prefills:
+                    scores[index] = scored(index)
+                    if each is not None:
+                        each(index, scores[index])
+
+        self._all(one, len(texts), came)
+        return [scores[index] for index in range(len(prompts))]
 
     async def _chat(self, client: AsyncInferenceClient, prompt: str, **parameters: Any) -> Any:
         """The first choice of a chat completion."""
         chat = await client.chat_completion([{"role": "user", "content": prompt}], model=self.name, **parameters)
         return _answered(chat).choices[0]
 
-    def _all(self, one: Callable[[AsyncInferenceClient, int], Coroutine[Any, Any, _T]], count: int) -> list[_T]:
+    def _all(
+        self,
+        one: Callable[[AsyncInferenceClient, int], Coroutine[Any, Any, _T]],
+        count: int,
+        each: Callable[[int, _T], None] | None,
+    ) -> list[_T]:
         """The answers of requests 0 to ``count``, so many at once as the recipe allows."""
         if self._protocol == "openai":
             _ = self.name  # asked for here, where it blocks no event loop
@@ -217,7 +240,10 @@ class EndpointLLM:
 
                 async def patiently(index: int) -> _T:
                     async with gate:
-                        return await self._patiently(lambda: one(client, index))
+                        answer = await self._patiently(lambda: one(client, index))
+                    if each is not None:
+                        each(index, answer)
+                    return answer
 
                 tasks = [asyncio.ensure_future(patiently(index)) for index in range(count)]
                 try:

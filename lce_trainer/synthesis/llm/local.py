@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lce_trainer.errors import LLMError
 from lce_trainer.synthesis.llm.decode import decode, decode_plainly, sample
-from lce_trainer.synthesis.llm.protocol import LLMConfig
+from lce_trainer.synthesis.llm.protocol import Each, LLMConfig
 from lce_trainer.synthesis.llm.tree import common_prefix, cut_batches, last_logits, prefix_cache, takes_trees
 from lce_trainer.synthesis.llm.weights import load_model, model_name
 
@@ -50,6 +50,7 @@ class TransformersLLM:
         top_p: float,
         seeds: Sequence[int],
         stop: Sequence[str],
+        each: Each | None = None,
     ) -> list[str]:
         """See :meth:`lce_trainer.synthesis.llm.LLM.complete`."""
         sequences = self._encode(prompts, room=max_new_tokens)
@@ -76,7 +77,9 @@ class TransformersLLM:
                 answers[index] = said[: _end(said, stop)]
         return answers
 
-    def choose(self, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[float] | None]:
+    def choose(
+        self, prompts: Sequence[str], options: Sequence[Sequence[str]], each: Each | None = None
+    ) -> list[list[float] | None]:
         """See :meth:`lce_trainer.synthesis.llm.LLM.choose`; probabilities are of the whole vocabulary."""
         sequences = self._encode(prompts)
         answers: list[list[float] | None] = [None] * len(prompts)
@@ -90,7 +93,7 @@ class TransformersLLM:
                     answers[index] = [mass / sum(masses) for mass in masses]
         return answers
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[str], continuations: Sequence[str], each: Each | None = None) -> list[float]:
         """See :meth:`lce_trainer.synthesis.llm.LLM.score`.
 
         A token that the prompt and the continuation share, where a tokenizer joins the two, counts

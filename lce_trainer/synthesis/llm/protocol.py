@@ -3,9 +3,9 @@
 :func:`lce_trainer.synthesis.llm.loading.load_llm` gives one that runs here or one behind a server.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from lce_trainer.settings import option
 
@@ -30,6 +30,11 @@ class LLMConfig:
     retries: int = option(5, "Tries of one request before it is an error (endpoint).")
 
 
+# Called with the place of a prompt and its answer as soon as that is there, where it depends on no other prompt of the
+# call. A model that computes answers together, each in its last bits dependent on the others, never calls it.
+Each = Callable[[int, Any], None]
+
+
 class LLM(Protocol):
     """A causal language model."""
 
@@ -47,6 +52,7 @@ class LLM(Protocol):
         top_p: float,
         seeds: Sequence[int],
         stop: Sequence[str],
+        each: Each | None = None,
     ) -> list[str]:
         """Go on writing each prompt.
 
@@ -57,18 +63,22 @@ class LLM(Protocol):
             top_p: Draw from the likeliest tokens of this mass.
             seeds: One for each prompt; what is drawn for a prompt depends on its own seed only.
             stop: An answer ends before the first of these.
+            each: See :data:`Each`.
 
         Raises:
             LLMError: The model cannot be loaded or does not answer, or a prompt is too long for it.
         """
         ...
 
-    def choose(self, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[float] | None]:
+    def choose(
+        self, prompts: Sequence[str], options: Sequence[Sequence[str]], each: Each | None = None
+    ) -> list[list[float] | None]:
         """Probability of each option as the next token, for each prompt.
 
         Args:
             prompts: Texts whose next token is the choice.
             options: The surface forms of each option, e.g. ``[[" yes", "Yes"], [" no", "No"]]``.
+            each: See :data:`Each`.
 
         Returns:
             Probabilities normalised over the options; None where the model abstains: no form of
@@ -79,12 +89,13 @@ class LLM(Protocol):
         """
         ...
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[str], continuations: Sequence[str], each: Each | None = None) -> list[float]:
         """Mean log-probability of a continuation's tokens after its prompt, nats a token.
 
         Args:
             prompts: Texts before; many pairs may share one, and what they share is computed once a call.
             continuations: Texts scored, one for each prompt.
+            each: See :data:`Each`.
 
         Raises:
             LLMError: As :meth:`complete`, or a server does not report the log-probabilities of its input.
