@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from lce_trainer.errors import EvaluationError
-from lce_trainer.evaluation.metrics import Qrels, Run, ranking_metrics
+from lce_trainer.evaluation.metrics import Qrels, Run, compute_by_query
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def compare(
         missing = sum(not run.get(query_id) for query_id, grades in qrels.items() if grades)
         if missing:
             logger.warning("%s: no ranking of %d of the judged queries, which count as 0", system, missing)
-        for measure, by_query in ranking_metrics(run, qrels, relevant_from).items():
+        for measure, by_query in compute_by_query(run, qrels, relevant_from).items():
             columns.append((system, measure))
             values.append([by_query[query_id] for query_id in sorted(by_query)])
     found = np.array(values).T  # (queries, systems × measures)

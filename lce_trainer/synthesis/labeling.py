@@ -128,11 +128,8 @@ def label_candidates(
     if not len(groups):
         said = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
         raise LabelError(f"no group is left ({said}): try another label.judge, other thresholds or another llm.model")
-    sources = None
-    if "source" in passages.column_names:
-        sources = dict(zip(passages["passage_id"][:], passages["source"][:], strict=True))
     facts = {
-        "shortcut_auc": shortcut_probe(groups, sources, seed),
+        "shortcut_auc": shortcut_probe(groups, seed=seed),
         "source_judged_best": _share_first(scores, pool.is_source, pool.query),
     }
     return groups, counts, facts

@@ -6,7 +6,6 @@ worse than BM25. So every labelled set is shown to guessers that see the passage
 """
 
 import logging
-from collections.abc import Mapping
 
 import datasets
 import numpy as np
@@ -24,25 +23,20 @@ _ADVICE = {
     "words": "positives are worded unlike negatives: look at some of both, and clean boilerplate out of the corpus",
     "popularity": "the same passages are negatives again and again: draw more passages (generate.queries) "
     "or mine deeper (mine.top_k)",
-    "source": "negatives come from other sources than positives: label one source at a time, or mine deeper",
 }
 
 
-def shortcut_probe(
-    groups: datasets.Dataset, sources: Mapping[str, str] | None = None, seed: int = 0
-) -> dict[str, float]:
+def shortcut_probe(groups: datasets.Dataset, seed: int = 0) -> dict[str, float]:
     """How often a guesser that never sees the query puts a positive above a negative of its group.
 
     Groups are what the LCE loss compares in, so each AUC is taken inside groups and averaged over
     them; 0.5 is chance. ``length`` counts words and knows no direction, so it is at least 0.5.
     The others learn from four fifths of the queries and guess on the rest, so on labels that
     hold no shortcut they may fall a little under 0.5: ``words`` is naive Bayes over the words of
-    the passage, ``popularity`` how often that very passage was positive or negative elsewhere,
-    ``source`` the same for the passage's source.
+    the passage, ``popularity`` how often that very passage was positive or negative elsewhere.
 
     Args:
         groups: The groups artifact; at most 5,000 of them, drawn by the seed, are probed.
-        sources: Where each passage comes from, by ``passage_id``; null if unknown.
         seed: Seeds the draw and the folds.
 
     Returns:
@@ -64,9 +58,6 @@ def shortcut_probe(
         "words": auc(_learned(*_words(passages), positive, row, fold), positive, row),
         "popularity": auc(_learned(_codes(ids), one_each, positive, row, fold), positive, row),
     }
-    if sources is not None:
-        origin = pa.array([sources.get(key, "") for key in ids.to_pylist()], pa.string())
-        probe["source"] = auc(_learned(_codes(origin), one_each, positive, row, fold), positive, row)
     for name, value in probe.items():
         if value > _WARN_ABOVE:
             logger.warning(

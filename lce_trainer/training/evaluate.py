@@ -109,7 +109,10 @@ def group_metrics(
 ) -> dict[str, float]:
     """Means over groups of the ranking measures, and of the LCE of each group's first best positive as ``loss``.
 
-    A group without a positive, or without a passage, counts as 0, and has no loss.
+    A group without a positive, or without a passage, counts as 0, and has no loss. The measures take labels as
+    :func:`lce_trainer.evaluation.metrics.ranking_metrics` takes grades, soft ones included. MRR and MAP count a label
+    from 1 on as relevant, as there; of soft labels, and where no label is 0 or less (as on a scale from 1 to 5), at
+    least half of the highest one.
 
     Args:
         scores: Logits of each group's passages.
@@ -118,17 +121,21 @@ def group_metrics(
         query_ids: Of each group, for the message; need not be distinct.
 
     Raises:
-        EvaluationError: A score is NaN, or there is no passage at all.
+        EvaluationError: A score is NaN, a label is not one that the measures take, or there is no passage at all.
     """
     if bad := [query_id for query_id, row in zip(query_ids, scores, strict=True) if np.isnan(row).any()]:
         raise EvaluationError(
             f"a passage of queries {shown(bad)} has NaN for a score, so they cannot be ranked; use bf16 in place of "
             "fp16, look at these groups, or take a checkpoint whose weights are finite"
         )
-    run = {str(q): {str(i): float(s) for i, s in enumerate(row)} for q, row in enumerate(scores)}
-    # trec_eval wants whole grades: 0.5 is a positive too.
-    qrels = {str(q): {str(i): int(np.ceil(label)) for i, label in enumerate(row)} for q, row in enumerate(labels)}
-    metrics = {name: math.fsum(values.values()) / len(scores) for name, values in ranking_metrics(run, qrels).items()}
+    distinct = len(set(map(str, query_ids))) == len(query_ids)
+    names = [str(name) if distinct else f"{name} (group {i})" for i, name in enumerate(query_ids)]
+    run = {q: {str(i): float(s) for i, s in enumerate(row)} for q, row in zip(names, scores, strict=True)}
+    qrels = {q: {str(i): float(label) for i, label in enumerate(row)} for q, row in zip(names, labels, strict=True)}
+    every = np.concatenate([np.asarray(row, dtype=np.float64) for row in labels]) if len(labels) else np.zeros(0)
+    relevant_from = float(every.max()) / 2 if len(every) and every.min() > 0 else None
+    found = ranking_metrics(run, qrels, relevant_from)
+    metrics = {name: math.fsum(values.values()) / len(scores) for name, values in found.items()}
     losses = []
     for row, grades in zip(scores, labels, strict=True):
         if not len(grades):

@@ -1,5 +1,9 @@
 import math
 import random
+import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import evaluate
 import numpy as np
@@ -10,7 +14,7 @@ import pytrec_eval
 import lce_trainer.evaluation.metrics
 from helpers.paths import SHARED_DATA
 from lce_trainer.errors import EvaluationError
-from lce_trainer.evaluation.metrics import RankingMetrics, metric_rows, ranking_metrics
+from lce_trainer.evaluation.metrics import RankingMetrics, compute_by_query, ranking_metrics
 from lce_trainer.training.evaluate import group_metrics
 
 TREC = SHARED_DATA / "trec-dl19"
@@ -111,23 +115,152 @@ def test_what_cannot_be_ranked_is_an_error(run, qrels, message):
         ranking_metrics(run, qrels)
 
 
-@pytest.mark.parametrize("load", [RankingMetrics, lambda: evaluate.load(lce_trainer.evaluation.metrics.__file__)])
-def test_the_evaluate_metric_averages_the_same_values_offline(load, tmp_path, monkeypatch):
+FOLDER = Path(lce_trainer.evaluation.metrics.__file__).parent / "ranking_metrics"
+PREDICTIONS = [
+    {"query_id": "q1", "doc_ids": ["a", "b"], "scores": [2.0, 1.0]},
+    {"query_id": "q2", "doc_ids": ["c", "d"], "scores": [2.0, 1.0]},
+    {"query_id": "q3", "doc_ids": [], "scores": []},
+]
+REFERENCES = [
+    {"query_id": "q1", "doc_ids": ["b"], "grades": [2]},
+    {"query_id": "q2", "doc_ids": ["c"], "grades": [1]},
+    {"query_id": "q3", "doc_ids": ["a"], "grades": [1]},
+]
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path))
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    run = {"q1": ranking("a", "b"), "q2": ranking("c", "d")}
-    qrels = {"q1": {"b": 2}, "q2": {"c": 1}, "q3": {"a": 1}}
-    predictions, references = metric_rows(run, qrels)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the library puts its cache there, and imports from it
+    for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize("load", [RankingMetrics, lambda: evaluate.load(str(FOLDER))], ids=["class", "folder"])
+def test_the_evaluate_metric_averages_the_same_values_offline(load, caches):
     metric = load()
-    assert metric.compute(predictions=predictions, references=references)["mrr@10"] == pytest.approx(1.5 / 3)
-    strict = metric.compute(predictions=predictions, references=references, relevant_from=2)
+    assert metric.compute(predictions=PREDICTIONS, references=REFERENCES)["mrr@10"] == pytest.approx(1.5 / 3)
+    strict = metric.compute(predictions=PREDICTIONS, references=REFERENCES, relevant_from=2)
     assert strict["mrr@10"] == pytest.approx(0.5 / 3)
+    each = metric.compute(predictions=PREDICTIONS, references=REFERENCES, per_query=True)
+    assert each["mrr@10"] == {"q1": 1 / 2, "q2": 1.0, "q3": 0.0}
 
 
-def test_the_evaluate_metric_refuses_a_query_given_twice(tmp_path):
-    predictions, references = metric_rows({"q": ranking("a")}, {"q": {"a": 1}})
-    with pytest.raises(EvaluationError, match="'q' is given twice"):
-        RankingMetrics(cache_dir=str(tmp_path)).compute(predictions=predictions * 2, references=references * 2)
+def test_the_evaluate_metric_loads_from_a_hub_space(caches, monkeypatch):
+    """The folder of the package, served as the Hub serves a space's files."""
+
+    class Space(SimpleHTTPRequestHandler):
+        def translate_path(self, path: str) -> str:
+            return str(FOLDER / path.removeprefix("/spaces/user/ranking_metrics/resolve/main/"))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Space) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/spaces/{{path}}/resolve/{{revision}}/{{name}}"
+        monkeypatch.setattr(evaluate.config, "HUB_EVALUATE_URL", address)
+        monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", False)
+        metric = evaluate.load("user/ranking_metrics", revision="main")
+        server.shutdown()
+    assert metric.compute(predictions=PREDICTIONS, references=REFERENCES)["mrr@10"] == pytest.approx(1.5 / 3)
+
+
+def test_the_evaluate_metric_refuses_a_query_given_twice(caches):
+    with pytest.raises(EvaluationError, match="'q1' is given twice"):
+        RankingMetrics().compute(predictions=PREDICTIONS[:1] * 2, references=REFERENCES[:1] * 2)
+
+
+def test_by_way_of_the_evaluate_metric_the_values_are_the_same():
+    generator = random.Random(3)
+    run = {f"q{i}": {f"d{j}": float(generator.randrange(5)) for j in range(20)} for i in range(20)}
+    qrels = {f"q{i}": {f"d{j}": generator.randrange(4) for j in range(15)} for i in range(25)}
+    assert compute_by_query(run, qrels, 2) == ranking_metrics(run, qrels, 2)
+    with pytest.raises(EvaluationError, match=r"the id 'd\\ud83d' is no Unicode text"):
+        compute_by_query({"q": {"d\ud83d": 1.0}}, {"q": {"a": 1}})
+
+
+def test_soft_labels_are_gains_as_they_are_and_half_of_the_highest_is_relevant():
+    labels = {"a": 0.9, "b": 0.2, "c": 0.1}
+    best, worst = ({"q": ranking(*order)} for order in ("abc", "cba"))
+    ideal = 0.9 + 0.2 / math.log2(3) + 0.1 / 2
+    values = {name: by["q"] for name, by in ranking_metrics(worst, {"q": labels}).items()}
+    assert values["ndcg@10"] == pytest.approx((0.1 + 0.2 / math.log2(3) + 0.9 / 2) / ideal, abs=1e-9)
+    assert values["mrr@10"] == values["map@10"] == pytest.approx(1 / 3)
+    assert {by["q"] for by in ranking_metrics(best, {"q": labels}).values()} == {1.0}
+    half = ranking_metrics({"q": ranking("no", "yes")}, {"q": {"yes": 0.5, "no": 0}})
+    assert half["mrr@10"]["q"] == half["map@10"]["q"] == 1 / 2
+    assert half["ndcg@10"]["q"] == pytest.approx(1 / math.log2(3))
+    assert ranking_metrics(worst, {"q": labels}, relevant_from=0.2)["mrr@10"]["q"] == 1 / 2
+    float32 = {name: float(np.float32(label)) for name, label in labels.items()}
+    assert ranking_metrics(worst, {"q": float32}) == ranking_metrics(worst, {"q": labels})
+
+
+def test_soft_labels_of_groups_do_not_make_the_worst_order_the_best():
+    labels = [np.array([0.9, 0.2, 0.1], dtype=np.float32)]
+    worst = group_metrics([np.array([1.0, 2.0, 3.0])], labels, 1.0, ["q"])
+    assert worst["mrr@10"] == worst["map@10"] == pytest.approx(1 / 3)
+    ideal = 0.9 + 0.2 / math.log2(3) + 0.1 / 2
+    assert worst["ndcg@10"] == pytest.approx((0.1 + 0.2 / math.log2(3) + 0.9 / 2) / ideal, abs=1e-6)
+    assert group_metrics([np.array([3.0, 2.0, 1.0])], labels, 1.0, ["q"])["mrr@10"] == 1
+
+
+def test_labels_on_a_scale_without_a_zero_are_relevant_from_its_middle_on():
+    """From 1 to 5: 3, 4 and 5 are at least half of 5."""
+    labels = [np.array([1.0, 2.0, 3.0, 4.0, 5.0])]
+    rising = group_metrics([np.array([5.0, 4.0, 3.0, 2.0, 1.0])], labels, 1.0, ["q"])
+    assert rising["mrr@10"] == pytest.approx(1 / 3)
+    assert rising["map@10"] == pytest.approx((1 / 3 + 2 / 4 + 3 / 5) / 3)
+    orders = ((1, 2, 3, 4, 5), (5, 4, 3, 2, 1))
+    gains = [sum(gain / math.log2(rank + 2) for rank, gain in enumerate(order)) for order in orders]
+    assert rising["ndcg@10"] == pytest.approx(gains[0] / gains[1])
+
+
+def test_whole_labels_of_groups_with_a_negative_are_relevant_from_one_on():
+    labels = [np.array([1.0, 0.0, 3.0])]
+    assert group_metrics([np.array([3.0, 2.0, 1.0])], labels, 1.0, ["q"])["mrr@10"] == 1
+
+
+@pytest.mark.parametrize("name", ["a\0b", "half \ud83d an emoji", "", " ", "é" * 400, "\n"], ids=range(6))
+def test_an_id_is_any_string(name):
+    run = {name: {name: 2.0, f"{name}x": 1.0, "other": 0.0}}
+    values = ranking_metrics(run, {name: {f"{name}x": 1}})
+    assert values["mrr@10"] == {name: 1 / 2} and values["map@10"] == {name: 1 / 2}
+    tied = {name: {name: 1.0, f"{name}x": 1.0}}
+    assert ranking_metrics(tied, {name: {name: 1}})["mrr@10"][name] in (1.0, 1 / 2)
+
+
+@pytest.mark.parametrize("grade", [3e9, 1001, math.nan, math.inf, -math.inf, None, "1", [1], 1 + 2j, 10**400])
+def test_a_grade_that_the_metrics_do_not_take_is_an_error_naming_query_and_document(grade):
+    message = r"query 'q7', document 'd3': the grade is .*; grades are numbers up to 1,000"
+    with pytest.raises(EvaluationError, match=message):
+        ranking_metrics({"q7": {"d3": 1.0}}, {"q7": {"d3": grade, "d4": 1}})
+
+
+@pytest.mark.parametrize("label", [3e9, math.nan])
+def test_a_label_of_a_group_that_the_metrics_do_not_take_is_an_error_naming_the_query(label):
+    with pytest.raises(EvaluationError, match="query 'second', document '0': the grade is"):
+        group_metrics([np.zeros(2)] * 2, [np.array([1.0, 0.0]), np.array([label, 0.0])], 1.0, ["first", "second"])
+
+
+def test_every_kind_of_whole_number_is_a_grade():
+    for grade in (1, True, 1.0, np.int64(1), np.float32(1), np.bool_(True), 1000):
+        assert ranking_metrics({"q": {"a": 1.0}}, {"q": {"a": grade}})["ndcg@10"] == {"q": 1.0}
+    spam = ranking_metrics({"q": ranking("spam", "good")}, {"q": {"spam": -2, "good": 1}})
+    assert spam["ndcg@10"]["q"] == pytest.approx(1 / math.log2(3)) and spam["mrr@10"]["q"] == 1 / 2
+
+
+@pytest.mark.parametrize("relevant_from", [0, -1, math.nan, math.inf, "2"])
+def test_a_threshold_that_makes_no_difference_is_an_error(relevant_from):
+    with pytest.raises(EvaluationError, match="relevant_from must be a number above 0"):
+        ranking_metrics({"q": {"a": 1.0}}, {"q": {"a": 1}}, relevant_from)
+
+
+@pytest.mark.parametrize("score", [None, "high", [1.0]])
+def test_a_score_that_is_no_number_is_an_error(score):
+    with pytest.raises(EvaluationError, match="query 'q': a document's score is NaN or no number"):
+        ranking_metrics({"q": {"a": score}}, {"q": {"a": 1}})
 
 
 @pytest.mark.skipif(not TREC.is_dir(), reason="needs shared/data/trec-dl19 beside the project")
