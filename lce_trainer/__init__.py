@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lce_trainer.training.loss import distillation_loss, lce_loss
     from lce_trainer.training.trainer import LCETrainer
 
+__version__ = "0.2.0"
+
 __all__ = [
     "GROUPS_FEATURES",
     "GroupCollator",

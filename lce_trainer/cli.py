@@ -3,8 +3,10 @@
 import argparse
 import logging
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -13,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import lce_trainer
 from lce_trainer.errors import LCETrainerError
 
 if TYPE_CHECKING:
@@ -21,29 +24,52 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lce_trainer.cli")  # as a script its __name__ is another
 
 _STAGES = {
+    "run": "run all stages below but publish, in order",
     "generate": "cut the corpus into passages and have the LLM write queries",
     "mine": "find each query's competing passages",
-    "label": "have the LLM judge them into groups of positives and hard negatives",
+    "label": "have the LLM judge them: positives and hard negatives",
     "train": "fine-tune the cross-encoder on the groups",
-    "evaluate": "measure on human judgments, against BM25",
-    "run": "all of the above, in order",
+    "evaluate": "measure the reranker on human judgments, against the first stage",
     "publish": "push the model and its groups to the Hub",
 }
 _EPILOG = """\
-Any key of the recipe can be overridden: lce-trainer train recipe.yaml train.learning_rate=2e-5
-A stage that was interrupted goes on where it was when the same command is run again.
+Any key of the recipe can be overridden, and flags may stand anywhere:
+  lce-trainer train recipe.yaml train.learning_rate=2e-5 -v generate.queries=100
+A stage that was interrupted continues where it stopped when the same command is run again.
+lce-trainer config lists every key of a recipe with its default.
+"""
+_FIRST_STEPS = """\
+first steps:
+  lce-trainer init docs/                 write recipe.yaml for the documents in docs/
+  lce-trainer run recipe.yaml            from the documents to a reranker
+  lce-trainer config generate            what can be set for a stage
+  lce-trainer publish recipe.yaml publish.model_id=you/name --dry-run
+"""
+_INIT_EPILOG = """\
+examples:
+  lce-trainer init docs/
+  lce-trainer init tickets.csv corpus.text_column=body --output tickets.yaml
+"""
+_CONFIG_EPILOG = """\
+examples:
+  lce-trainer config                     every section
+  lce-trainer config train               a section, and those inside it
+  lce-trainer config train.group_size    one key
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    arguments = _parser().parse_args(argv)
-    _speak(arguments.verbose)
+    """Run one command and return the exit status."""
+    arguments = _parse(argv)
+    _configure_output(arguments.verbose)
     # A rank of several may be inside a collective operation, where Python's handlers wait: it ends at once, as ever.
     if threading.current_thread() is threading.main_thread() and "RANK" not in os.environ:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         return _run(arguments)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (LCETrainerError, OSError) as error:
         logger.debug("where it happened", exc_info=True)
         message = str(error)
@@ -52,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
+        print("interrupted: run the same command again to continue", file=sys.stderr)
         return 143 if isinstance(stopped, _Terminated) else 130
 
 
@@ -64,44 +90,74 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line on which flags and overrides may stand in any order.
+
+    ``argparse`` takes the overrides up to the first flag behind the recipe, and leaves those after it over.
+    """
+    arguments, rest = parser().parse_known_args(argv)
+    flags = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
+    if flags:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command and of its subcommands, for help and documentation too."""
+    command_line = argparse.ArgumentParser(
         prog="lce-trainer",
         description="From a pile of documents to a published reranker, with no human label.",
-        epilog=_EPILOG,
+        epilog=_FIRST_STEPS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, help_text in _STAGES.items():
+    command_line.add_argument("--version", action="version", version=f"lce-trainer {lce_trainer.__version__}")
+    commands = command_line.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, what: str, epilog: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
-            help=help_text,
-            description=help_text[0].upper() + help_text[1:] + ".",
-            epilog=_EPILOG,
+            help=what,
+            description=what[0].upper() + what[1:] + ".",
+            epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        command.add_argument("-v", "--verbose", action="store_true", help="log more, tracebacks and libraries included")
+        command.set_defaults(parser=command)
+        return command
+
+    init = add("init", "write a commented recipe for your documents", _INIT_EPILOG)
+    init.add_argument("corpus", help="a folder of .txt or .md, a file of rows, a Hub dataset id, or a Python script")
+    init.add_argument("-o", "--output", type=Path, default=Path("recipe.yaml"), help="the file to write (recipe.yaml)")
+    init.add_argument("overrides", nargs="*", metavar="section.key=value", help="values to write into the recipe")
+    config = add("config", "list the keys of a recipe with type, default and help", _CONFIG_EPILOG)
+    config.add_argument("section", nargs="?", help="a section such as train.lora, or a key such as mine.top_k")
+    for name, what in _STAGES.items():
+        command = add(name, what, _EPILOG)
         command.add_argument("recipe", type=Path, help="the recipe, a YAML file")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
-        command.add_argument("-v", "--verbose", action="store_true", help="log more, tracebacks included")
         command.add_argument(
             "--no-wait", action="store_true", help="fail if another command works in the run folder, do not wait for it"
         )
         if name == "publish":
-            command.add_argument("--dry-run", action="store_true", help="list what would go, and send nothing")
+            command.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
             command.add_argument(
                 "--include-passages", action="store_true", help="publish the corpus' passages without a licence too"
             )
-    return parser
+    return command_line
 
 
-def _speak(verbose: bool) -> None:
-    """Log what matters to standard error, from one process; what is quick needs no progress bar."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+def _configure_output(verbose: bool) -> None:
+    """Log this package's messages to standard error, from one process; those of libraries only with ``--verbose``."""
+    logging.basicConfig(level=logging.WARNING if verbose else logging.ERROR, format="%(levelname)s: %(message)s")
     level = logging.DEBUG if verbose else logging.INFO
     logging.getLogger("lce_trainer").setLevel(level if _is_first_process() else logging.ERROR)
     if not verbose:
-        warnings.simplefilter("ignore", FutureWarning)  # of libraries, to each other
-    # tqdm reads these when it is imported. A file or a CI log gets few lines: it keeps every state of a bar.
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # tqdm reads these when it is imported. What is quick needs no bar, and a file or a CI log, which keeps every
+    # state of a bar, gets few lines.
     on_terminal = sys.stderr.isatty()
     os.environ.setdefault("TQDM_DELAY", "1" if on_terminal else "20")
     os.environ.setdefault("TQDM_MININTERVAL", "0.1" if on_terminal else "60")
@@ -116,15 +172,56 @@ def _run(arguments: argparse.Namespace) -> int:
     import transformers
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from lce_trainer.pipeline.run import open_run
-
     transformers.logging.set_verbosity_error()  # a new head is "MISSING" to it, a long prompt an "indexing error"
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.utils.enable_progress_bars()  # type: ignore[attr-defined]  # the line before takes those of downloads along
+    if not arguments.verbose:
+        huggingface_hub.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()
-    run = open_run(arguments.recipe, arguments.overrides)
-    with logging_redirect_tqdm(), run.held(wait=not arguments.no_wait):
-        return _run_stages(arguments, run)
+    with logging_redirect_tqdm():
+        if arguments.command == "config":
+            print(_describe(arguments.section))
+            return 0
+        if arguments.command == "init":
+            print(_init(arguments.corpus, arguments.output, arguments.overrides))
+            return 0
+        from lce_trainer.pipeline.run import open_run
+
+        run = open_run(arguments.recipe, arguments.overrides)
+        with run.held(wait=not arguments.no_wait):
+            return _run_stages(arguments, run)
+
+
+def _describe(wanted: str | None) -> str:
+    """Return the keys of a section, wrapped to the width of the terminal."""
+    from lce_trainer.pipeline.reference import find_keys
+
+    width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
+    lines: list[str] = []
+    for section in find_keys(wanted):
+        if section.name:
+            lines += [*textwrap.wrap(f"{section.name}: {section.help}", width), ""]
+        inherited = False
+        for key in section.keys:
+            if key.inherited and not inherited:
+                lines += [*textwrap.wrap(f"{section.name}: of transformers.TrainingArguments", width), ""]
+                inherited = True
+            lines += [f"  {key.name}: {key.type} = {key.default}"]
+            lines += textwrap.wrap(key.help, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += [""]
+    return "\n".join(lines).rstrip()
+
+
+def _init(corpus: str, output: Path, overrides: Sequence[str]) -> str:
+    """Write a recipe for a corpus and return what to do next."""
+    from lce_trainer.errors import ConfigError
+    from lce_trainer.pipeline.draft import draft_recipe
+
+    if output.exists():
+        raise ConfigError(f"{output} is there already: name another file with --output, or delete it")
+    text = draft_recipe(corpus, overrides)
+    output.write_text(text, encoding="utf-8")
+    return (
+        f"{text.splitlines()[0].removeprefix('# ')}\nWrote {output}. Read it, then run it:\n  lce-trainer run {output}"
+    )
 
 
 def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:

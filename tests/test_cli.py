@@ -1,8 +1,16 @@
 """What the command does with what it cannot use: one line, exit status 2, never a traceback."""
 
+import dataclasses
+import fcntl
 import json
 import logging
+import os
+import pty
 import shutil
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -12,6 +20,10 @@ from datasets import Dataset
 from helpers.tiny_recipe import write_recipe
 from lce_trainer.artifacts import read_manifest
 from lce_trainer.cli import main
+from lce_trainer.pipeline.config import Recipe, load_recipe
+from lce_trainer.pipeline.reference import recipe_sections
+from lce_trainer.pipeline.run import open_run
+from lce_trainer.training.arguments import LCETrainingArguments
 
 COMMANDS = ("generate", "mine", "label", "train", "evaluate", "run", "publish")
 
@@ -265,3 +277,199 @@ def test_verbose_logs_where_it_happened(recipe, capsys, caplog):
     assert main(["mine", str(recipe), "--verbose"]) == 2
     assert "Traceback" in caplog.text
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "{r} mine.top_k=3 seed=4 -v --dry-run",
+        "-v --dry-run {r} mine.top_k=3 seed=4",
+        "{r} -v mine.top_k=3 --dry-run seed=4",
+        "--dry-run {r} mine.top_k=3 -v seed=4",
+        "{r} mine.top_k=9 -v mine.top_k=3 --dry-run seed=4",
+    ],
+)
+def test_flags_and_overrides_stand_in_any_order(order, recipe, monkeypatch):
+    seen = []
+    monkeypatch.setattr("lce_trainer.pipeline.stages.publish", lambda run, dry_run: seen.append((run.recipe, dry_run)))
+    assert main(["publish", *order.format(r=recipe).split()]) == 0
+    ((read, dry_run),) = seen
+    assert (read.mine.top_k, read.seed, dry_run) == (3, 4, True)
+    assert logging.getLogger("lce_trainer").level == logging.DEBUG
+
+
+@pytest.mark.parametrize("words", ["run {r} --dry-run", "run {r} seed=4 --sed=5", "config train mine", "mine {r} -x"])
+def test_what_the_command_does_not_know_is_refused_with_its_usage(words, recipe, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words.format(r=recipe).split())
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"usage: lce-trainer {words.split()[0]} ") and "unrecognized arguments" in printed
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    import lce_trainer
+
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lce-trainer {lce_trainer.__version__}\n"
+
+
+def test_config_prints_every_key_with_its_default_and_a_help(capsys):
+    assert main(["config"]) == 0
+    printed = capsys.readouterr().out
+    for key in (key for section in recipe_sections() for key in section.keys):
+        assert key.help and (key.inherited or key.help.endswith(".")), key.name
+    for line in (
+        "  seed: int = 13",
+        "  label.judge: likelihood | verdict = likelihood",
+        "  train.lora.r: int = 0",
+        "  train.group_size: int = 8",
+        "  train.learning_rate: float = 2e-5",
+        "  train.num_train_epochs: float = 3",
+        "  train.eval_strategy: 'no' | steps | epoch = steps",
+        "  train.early_stopping_patience: int | null = 3",
+    ):
+        assert line in printed.splitlines(), line
+    for item in dataclasses.fields(LCETrainingArguments):
+        assert not item.init or f"\n  train.{item.name}: " in printed, item.name
+
+
+def test_every_key_that_is_printed_is_one_that_a_recipe_takes_at_that_default(tmp_path):
+    """All defaults written into one recipe change nothing."""
+    keys = [key for section in recipe_sections() for key in section.keys]
+    texts = {"the recipe's seed", "by train.precision", "checkpoints, in run_dir"}
+    (tmp_path / "empty.yaml").write_text("")
+    overrides = [f"{key.name}={key.default}" for key in keys if key.default not in texts]
+    training_keys = [item.name for item in dataclasses.fields(LCETrainingArguments) if item.init]
+    default = load_recipe(tmp_path / "empty.yaml", (), training_keys)
+    read = load_recipe(tmp_path / "empty.yaml", overrides, training_keys)
+    read.train.arguments = {}
+    assert read == default
+    sections = {
+        item.name for item in dataclasses.fields(Recipe) if dataclasses.is_dataclass(getattr(default, item.name))
+    }
+    assert sections <= {section.name for section in recipe_sections()}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "first", "absent"),
+    [
+        ("mine", "mine: ", "label."),
+        ("train.warm_start", "train.warm_start: ", "train.group_size"),
+        ("train.group_size", "train: ", "train.max_length:"),
+    ],
+)
+def test_config_prints_a_section_or_one_key(wanted, first, absent, capsys):
+    assert main(["config", wanted]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(first) and f"\n  {wanted}" in printed and absent not in printed
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"), [("tran", "did you mean 'train'?"), ("group_size", "did you mean 'train.group_size'?")]
+)
+def test_config_names_the_nearest_section_or_key(wanted, message, capsys):
+    assert message in error_of(capsys, "config", wanted)
+
+
+def test_init_writes_a_recipe_that_reads_and_runs(recipe, capsys, monkeypatch):
+    folder = recipe.parent
+    monkeypatch.chdir(folder)
+    assert main(["init", "docs.jsonl", "-o", "new.yaml", "run_dir=new", "generate.roundtrip_k=0"]) == 0
+    assert "lce-trainer run new.yaml" in capsys.readouterr().out
+    text = (folder / "new.yaml").read_text()
+    assert text.startswith("# A reranker for docs.jsonl: 60 documents, 60 passages")
+    drafted = open_run(folder / "new.yaml").recipe
+    assert (drafted.corpus.source, drafted.run_dir, drafted.generate.roundtrip_k) == ("docs.jsonl", "new", 0)
+    assert drafted.generate.queries == 60 and drafted.train.warm_start.pairs == 480
+    assert drafted.train.arguments["max_length"] == 96  # 25 words and a query
+    tiny = open_run(recipe).recipe
+    assert main(["mine", "new.yaml"]) == 2
+    small = ("generate.queries=12", "generate.min_words=1", "generate.max_new_tokens=6", "llm.dtype=float32")
+    assert main(["generate", "new.yaml", f"llm.model={tiny.llm.model}", *small]) == 0
+    assert len(open_run(folder / "new.yaml").table("queries")) > 0
+
+
+def test_every_commented_line_of_a_draft_is_a_key_that_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "moon.md").write_text('# The "moon"\n\nThe moon shines: it is far. It has craters.\n')
+    assert main(["init", "docs"]) == 0
+    lines = (tmp_path / "recipe.yaml").read_text().splitlines()
+    prose = ("Human judgments", "Four examples", "A reranker", "Drafted by", "lce-trainer config", "Passages that")
+    prose += ("Pairs, made", "The model that")
+    active = [
+        line.replace("# ", "", 1)
+        if line.lstrip().startswith("# ") and not line.lstrip(" #").startswith(prose)
+        else line
+        for line in lines
+    ]
+    (tmp_path / "all.yaml").write_text("\n".join(active))
+    read = open_run(tmp_path / "all.yaml").recipe
+    assert read.generate.examples[0]["passage"].startswith('The "moon" The moon shines')
+    assert read.evaluate.queries == "test.jsonl" and read.publish.model_id == "you/your-reranker"
+
+
+def test_init_reads_columns_as_it_is_asked_and_overwrites_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    dump(tmp_path / "tickets.jsonl", {"key": "a", "said": "a moon shines"}, {"key": "b", "said": "a river flows"})
+    assert "key, said" in error_of(capsys, "init", "tickets.jsonl")
+    assert not (tmp_path / "recipe.yaml").exists()
+    assert "did you mean 'text_column'?" in error_of(capsys, "init", "tickets.jsonl", "corpus.text_colum=said")
+    assert main(["init", "tickets.jsonl", "corpus.text_column=said", "-v", "train.max_steps=5"]) == 0
+    read = open_run(tmp_path / "recipe.yaml").recipe
+    assert (read.corpus.text_column, read.train.arguments["max_steps"]) == ("said", 5)
+    capsys.readouterr()
+    assert "is there already" in error_of(capsys, "init", "tickets.jsonl", "corpus.text_column=said")
+    (tmp_path / "mine.py").write_text("def documents():\n    yield {'text': 'a moon shines'}\n")
+    assert main(["init", "mine.py", "-o", "script.yaml"]) == 0
+    assert open_run(tmp_path / "script.yaml").recipe.corpus.script == "mine.py"
+
+
+NOISY = """
+import logging, sys, warnings
+import lce_trainer.cli as cli
+def run_stages(arguments, run):
+    logging.getLogger("somebody.else").warning("a library speaks to its makers")
+    warnings.warn("so does this one", UserWarning)
+    logging.getLogger("lce_trainer.pipeline").warning("this is for you")
+    raise OSError("nothing here")
+cli._run_stages = run_stages
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_warnings_of_libraries_are_hidden_unless_verbose(recipe):
+    def printed(*words: str) -> str:
+        done = subprocess.run([sys.executable, "-c", NOISY, "run", str(recipe), *words], capture_output=True, text=True)
+        assert done.returncode == 2
+        return done.stderr
+
+    assert printed() == "WARNING: this is for you\nerror: nothing here\n"
+    verbose = printed("-v")
+    assert "speaks to its makers" in verbose and "so does this one" in verbose
+
+
+def test_a_bar_moves_while_a_model_loads(recipe):
+    """On a terminal, where bars that take over a second are drawn; here every one of them is."""
+    main_end, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    words = ["generate", str(recipe), "generate.queries=4"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lce_trainer.cli", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=end,
+        env={**os.environ, "TQDM_DELAY": "0", "TQDM_MININTERVAL": "0"},
+    )
+    os.close(end)
+    printed = b""
+    while True:
+        try:
+            printed += os.read(main_end, 65536)
+        except OSError:  # Linux reports the end of a terminal as an error
+            break
+    assert process.wait() == 0, printed
+    states = [state for state in printed.decode().split("\r") if "Loading weights" in state]
+    assert len(states) > 2 and any("100%" in state for state in states)
+    assert b"kernels" not in printed

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import ROOT
-from lce_trainer.cli import _parser
+from lce_trainer.cli import parser
 from lce_trainer.pipeline.run import open_run
 
 DOCUMENTS = ("README.md", "docs/trainer.md", "recipes/README.md", "CONTRIBUTING.md", "recipes/medquad/recipe.yaml")
@@ -52,7 +52,7 @@ def test_every_make_target_exists(command):
 @pytest.mark.parametrize("command", commands("lce-trainer "))
 def test_every_command_parses_and_its_recipe_reads(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    arguments = _parser().parse_args(words_of(command)[1:])
+    arguments = parser().parse_args(words_of(command)[1:])
     open_run(arguments.recipe, arguments.overrides)
 
 

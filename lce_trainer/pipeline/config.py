@@ -122,6 +122,20 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), training_keys: Iterab
         raise ConfigError(f"{path} must hold sections (corpus:, generate:, …), not a {type(raw).__name__}")
     for override in overrides:
         _override(raw, override)
+    return to_recipe(raw, training_keys)
+
+
+def to_recipe(raw: Mapping[str, Any], training_keys: Iterable[str] = ()) -> Recipe:
+    """Check the sections of a recipe and return them as one.
+
+    Args:
+        raw: What YAML reads: sections by name, their keys in each.
+        training_keys: As :func:`load_recipe`.
+
+    Raises:
+        ConfigError: A key is unknown, or a value has the wrong type.
+    """
+    raw = dict(raw)
     train = raw.get("train") or {}
     if isinstance(train, dict):
         known = set(training_keys)
@@ -131,6 +145,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), training_keys: Iterab
         _check_keys(rest, sorted(mine | known), "train")
         raw["train"] = {**rest, "arguments": arguments}
     return typing.cast(Recipe, _parse(Recipe, raw, ""))
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return ``section.key=value`` strings as the sections that YAML would read.
+
+    Raises:
+        ConfigError: One of them is not such a string, or its value is not YAML.
+    """
+    raw: dict[str, Any] = {}
+    for override in overrides:
+        _override(raw, override)
+    return raw
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

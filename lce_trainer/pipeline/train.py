@@ -33,6 +33,20 @@ from lce_trainer.training.trainer import LCETrainer
 
 logger = logging.getLogger(__name__)
 
+# Training arguments of every recipe, where it does not name them itself.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 0.2,
+    "save_strategy": "steps",
+    "save_steps": 0.2,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "ndcg@10",
+    "restore_callback_states_from_checkpoint": True,
+    "disable_tqdm": False,
+    "report_to": "none",
+}
+
 
 def fit_reranker(run: Run, dev: datasets.Dataset | None) -> None:
     """Train in up to two phases: the warm start's groups, then the judged ones.
@@ -203,16 +217,7 @@ def _arguments(run: Run, chosen: Mapping[str, Any], output_dir: Path) -> LCETrai
             "output_dir": str(output_dir),
             "seed": run.recipe.seed,
             "bf16": resolve_dtype(run.recipe.train.precision) == torch.bfloat16,
-            "eval_strategy": "steps",
-            "eval_steps": 0.2,
-            "save_strategy": "steps",
-            "save_steps": 0.2,
-            "save_total_limit": 2,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "ndcg@10",
-            "restore_callback_states_from_checkpoint": True,
-            "disable_tqdm": False,
-            "report_to": "none",
+            **TRAINING_DEFAULTS,
             **chosen,
         }
     )

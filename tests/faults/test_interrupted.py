@@ -110,7 +110,7 @@ def check(sent: signal.Signals, after: int, whole: tuple[Path, list[dict]], serv
     assert process.wait() == STATUS[sent]
     printed = process.stderr.read()
     assert "Traceback" not in printed
-    assert sent == signal.SIGKILL or printed.endswith("interrupted: run the same command again to go on\n")
+    assert sent == signal.SIGKILL or printed.endswith("interrupted: run the same command again to continue\n")
     stopped = server.answered
     with Journal(folder / "run" / "queries" / "journal.jsonl") as journal:
         assert stopped - IN_FLIGHT <= len(journal) <= stopped
