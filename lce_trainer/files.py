@@ -172,6 +172,19 @@ def read_fields(path: Path, delimiter: str | None = None, error: type[LCETrainer
         raise error(f"{path} cannot be read: {one_line(reason)}") from None
 
 
+def read_bytes(path: Path) -> bytes:
+    """Read a file, unpacked and without a byte order mark; UTF-16 that has one becomes UTF-8.
+
+    Raises:
+        OSError: It cannot be read, or unpacked.
+    """
+    try:
+        with _open(path) as file:
+            return file.read()
+    except _UnreadableError as reason:
+        raise OSError(str(reason)) from None
+
+
 def open_dataset(
     name: str, split: str = "train", missing: str = "no dataset", error: type[LCETrainerError] = DataError
 ) -> datasets.Dataset | list[Path]:

@@ -76,8 +76,10 @@ def read_corpus(run: Run) -> None:
         passages = build_passages(config, run.recipe.seed, run.base)
         # From here on the index is that of other passages than those of an earlier manifest.
         (run.root / "passages" / MANIFEST).unlink(missing_ok=True)
-        BM25Index.build(passages.table, run.root / "passages" / "bm25")
-        return {"train": passages.table}, passages.counts, {"merged": passages.merged}
+        language = passages.language
+        index = run.root / "passages" / "bm25"
+        BM25Index.build(passages.table, index, stemmer=language.stemmer, stopwords=language.stopwords)
+        return {"train": passages.table}, passages.counts, {"merged": passages.merged, "language": language.code}
 
     shape = {**asdict(config), "contents": run.contents((config.source, config.script))}
     run.make("passages", shape, (), work, parts=("bm25",))

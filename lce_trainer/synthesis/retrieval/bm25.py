@@ -1,7 +1,6 @@
-"""Find what competes with a passage: BM25, and the embeddings of a bi-encoder."""
+"""Find what competes with a passage by its words: BM25."""
 
 import logging
-import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 
 from lce_trainer.artifacts import MANIFEST, read_manifest, write_manifest
 from lce_trainer.errors import ArtifactError, ConfigError, CorpusError
+from lce_trainer.synthesis.language import index_words
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 
@@ -23,7 +23,6 @@ logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 _BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 _INDEX_FILES = [*(f"{name}.csc.index.npy" for name in ("data", "indices", "indptr"))]
 _INDEX_FILES += ["params.index.json", "vocab.index.json"]
-_WORD = re.compile(r"\w\w+")
 
 
 class BM25Index:
@@ -170,7 +169,7 @@ class _Words(dict[str, int]):
 
     def ids(self, text: str) -> list[int]:
         """Ids of the text's indexed words, in order."""
-        return [found for word in _WORD.findall(text.lower()) if (found := self[word]) >= 0]
+        return [found for word in index_words(text) if (found := self[word]) >= 0]
 
     def __missing__(self, word: str) -> int:
         if word in self._stopwords:
