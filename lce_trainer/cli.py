@@ -256,7 +256,7 @@ def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
         if text is not None and _is_first_process():
             print(f"\n{text}")
     if arguments.command == "run" and _is_first_process():
-        if not stages.is_judged(run):
+        if "evaluate" not in stages.stages_of(run):
             logger.info("evaluate was left out: the recipe names no human judgments (evaluate.queries)")
         print(_what_next(run.root, time.monotonic() - begun))
     return 0

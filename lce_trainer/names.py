@@ -5,12 +5,16 @@
 joins with its own ``assemble()``. Both work with no network.
 """
 
+import hashlib
 import importlib
 import importlib.util
 from pathlib import Path
 
+from lce_trainer.artifacts import digest
 from lce_trainer.errors import ConfigError
 
+_MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "tokenizer*", "vocab*", "merges.txt")
+_BLOCK = 1 << 15  # bytes that are hashed at each of 64 places of a file
 PREFIX = "package:"
 
 
@@ -41,3 +45,31 @@ def resolve_model(name: str) -> str:
     if not hasattr(module, "assemble"):
         raise ConfigError(f"{name!r}: name the folder that holds the model, as in {name}/model")
     return str(module.assemble())
+
+
+def model_name(model: str) -> str:
+    """Return the name of a model in artifacts and journals, which is never a path of the machine.
+
+    A Hub id and ``package:NAME`` say which model it is. Two folders or files may have the same
+    name, so theirs carries a digest of what is in them, which moves along with the files.
+
+    Args:
+        model: A Hub id, a folder, a file, or ``package:NAME``.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        return path.name if path.is_absolute() else model
+    files = [path] if path.is_file() else sorted(file for kind in _MODEL_FILES for file in path.glob(kind))
+    what = [(file.name if path.is_dir() else "", file.stat().st_size, _sampled_sha256(file)) for file in files]
+    return f"{path.name.strip('.') or path.resolve().name}@{digest(what)[:8]}"
+
+
+def _sampled_sha256(path: Path) -> str:
+    """SHA-256 of blocks all over a file: two fine-tunes of one model differ in more than a 64th of it."""
+    size = path.stat().st_size
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in sorted({size * part // 64 for part in range(64)}):
+            file.seek(start)
+            sha256.update(file.read(_BLOCK))
+    return sha256.hexdigest()

@@ -124,7 +124,7 @@ def test_a_recipe_that_cannot_be_read(text, message, capsys, tmp_path):
         ("train.max_length=14", "leave no room for a passage in max_length=14"),
         ("train.model=no/such-model", "no/such-model"),
         ("train.precision=int3", "train.precision must be one of"),
-        ("evaluate.bi_encoder=package:no_such_package", "no_such_package"),
+        ("mine.encoder=package:no_such_package", "no_such_package"),
         ("evaluate.queries=none.jsonl", "none.jsonl"),
         ("evaluate.dev_queries=docs.jsonl", "docs.jsonl"),
         ("evaluate.candidates=none.parquet", "none.parquet"),
@@ -179,7 +179,7 @@ def test_a_stage_before_its_time_names_the_stage_to_run_first(command, first, re
     root = recipe.parent / "run"
     before = {"mine": 0, "label": 2, "train": 3, "evaluate": 0, "publish": 0}[command]
     finished.copy(root, *("passages", "queries", "candidates")[:before])
-    message = error_of(capsys, command, recipe)
+    message = error_of(capsys, command, recipe, *(["publish.model_id=user/fish"] if command == "publish" else []))
     assert f"run lce-trainer {first} with this recipe first" in message
     assert str(root) in message
 
@@ -203,7 +203,7 @@ def write_groups(path: Path, labels: list[list[float]]) -> Path:
 
 def test_groups_without_negatives_are_dropped_and_counted_or_one_line(recipe, capsys):
     without = write_groups(recipe.parent / "without.parquet", [[1.0], [1.0, 1.0], [0.0, 0.0]])
-    settings = ("train.warm_start.pairs=0", "evaluate.dev_queries=null", "train.max_steps=2", "train.dev_fraction=0.5")
+    settings = ("evaluate.dev_queries=null", "train.max_steps=2", "train.dev_fraction=0.5")
     message = error_of(capsys, "train", recipe, f"train.groups={without}", *settings)
     assert "groups is usable" in message
     some = write_groups(recipe.parent / "some.parquet", [[1.0], [1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0]] * 8)
@@ -217,12 +217,12 @@ def test_groups_without_negatives_are_dropped_and_counted_or_one_line(recipe, ca
 @pytest.mark.parametrize("fraction", ["0", "0.99", "1.5"])
 def test_too_few_groups_to_choose_a_checkpoint_by(fraction, recipe, capsys):
     groups = write_groups(recipe.parent / "groups.parquet", [[1.0, 0.0]] * 3)
-    settings = ("train.warm_start.pairs=0", "evaluate.dev_queries=null", f"train.dev_fraction={fraction}")
+    settings = ("evaluate.dev_queries=null", f"train.dev_fraction={fraction}")
     assert "train.dev_fraction" in error_of(capsys, "train", recipe, f"train.groups={groups}", *settings)
 
 
 def test_groups_that_are_not_there_or_are_none(recipe, capsys):
-    settings = ("train.warm_start.pairs=0", "evaluate.dev_queries=null")
+    settings = ("evaluate.dev_queries=null",)
     assert "no groups at" in error_of(capsys, "train", recipe, "train.groups=none.parquet", *settings)
     Dataset.from_dict({"text": ["a"] * 30}).to_parquet(recipe.parent / "texts.parquet")
     message = error_of(capsys, "train", recipe, f"train.groups={recipe.parent / 'texts.parquet'}", *settings)
@@ -233,7 +233,7 @@ def test_groups_of_another_layout_beside_the_recipe_train_and_edited_ones_train_
     triplets = recipe.parent / "triplets.jsonl"
     rows = [{"anchor": f"what is {i}", "positive": "red fish", "negative": f"bird {i}"} for i in range(8)]
     triplets.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = ("train.warm_start.pairs=0", "evaluate.dev_queries=null", "train.max_steps=1", "train.dev_fraction=0.5")
+    settings = ("evaluate.dev_queries=null", "train.max_steps=1", "train.dev_fraction=0.5")
     digests = []
     for end in ("", "", json.dumps({**rows[0], "negative": "river"}) + "\n"):
         with triplets.open("a") as file:
@@ -246,7 +246,7 @@ def test_groups_of_another_layout_beside_the_recipe_train_and_edited_ones_train_
 def test_a_recipe_without_judgments_is_run_but_cannot_be_evaluated(recipe, capsys):
     none = ("evaluate.queries=null", "evaluate.dev_queries=null")
     assert "nothing to evaluate on: set evaluate.queries" in error_of(capsys, "evaluate", recipe, *none)
-    small = ("generate.queries=12", "train.warm_start.pairs=0", "train.max_steps=1")
+    small = ("generate.queries=12", "train.max_steps=1")
     assert main(["run", str(recipe), *none, *small]) == 0
     printed = capsys.readouterr().out
     assert str(recipe.parent / "run" / "model") in printed and "figures" not in printed

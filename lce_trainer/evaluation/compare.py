@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from lce_trainer.errors import EvaluationError
-from lce_trainer.evaluation.metrics import Qrels, Run, compute_by_query
+from lce_trainer.evaluation.metrics import MEASURES, Qrels, Run, compute_by_query, ranking_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,9 @@ _RESULT_FEATURES = datasets.Features(
         "mean": datasets.Value("float64"),
         "ci_low": datasets.Value("float64"),
         "ci_high": datasets.Value("float64"),
+        "difference": datasets.Value("float64"),
+        "difference_low": datasets.Value("float64"),
+        "difference_high": datasets.Value("float64"),
         "p_value": datasets.Value("float64"),
         "queries": datasets.Value("int64"),
     }
@@ -30,6 +33,7 @@ def compare(
     qrels: Qrels,
     *,
     baseline: str,
+    tested: Sequence[str] | None = None,
     relevant_from: int = 1,
     seed: int = 13,
     resamples: int = 10_000,
@@ -39,25 +43,29 @@ def compare(
     Confidence intervals are percentile bootstrap over queries, 95 %. p-values are two-sided paired randomization
     tests (Smucker, Allan & Carterette 2007, https://doi.org/10.1145/1321440.1321528): the sign of each query's
     difference is flipped at random, and p is the part of the flips whose mean difference is at least as large,
-    with one added above and below so that it is never 0. All systems and measures share the draws.
+    with one added above and below so that it is never 0. The p-values of a measure are corrected for the number of
+    systems that are tested (Holm 1979). All systems and measures share the draws.
 
     Args:
         systems: Run of each system by name, in the order of the table.
         qrels: Human grades; a judged query that a run lacks counts as 0.
-        baseline: Name of the system that the others are tested against.
+        baseline: Name of the system that the others are compared with.
+        tested: Names of the systems that are tested against it; all others if None.
         relevant_from: Lowest grade that counts for MAP and MRR.
         seed: Seeds the draws.
         resamples: Bootstrap samples, and sign flips.
 
     Returns:
-        One row a system and measure: ``system``, ``measure``, ``mean``, ``ci_low``, ``ci_high``, ``p_value``
-        (null for the baseline), ``queries``.
+        One row a system and measure: ``system``, ``measure``, ``mean``, ``ci_low``, ``ci_high``, ``queries``, and
+        against the baseline, null in its own row, ``difference`` with ``difference_low`` and ``difference_high``, its
+        bootstrap interval, and ``p_value``, null where it is not tested.
 
     Raises:
         EvaluationError: No such baseline, no judgments, or a run that cannot be ranked.
     """
     if baseline not in systems:
         raise EvaluationError(f"the baseline {baseline!r} is not among the systems: {', '.join(systems) or 'none'}")
+    among = [system for system in (systems if tested is None else tested) if system != baseline]
     columns, values = [], []
     for system, run in systems.items():
         missing = sum(not run.get(query_id) for query_id, grades in qrels.items() if grades)
@@ -69,7 +77,11 @@ def compare(
     found = np.array(values).T  # (queries, systems × measures)
     low, high = _bootstrap(found, seed, resamples)
     base = found[:, [columns.index((baseline, measure)) for _, measure in columns]]
+    difference_low, difference_high = _bootstrap(found - base, seed, resamples)
     p_values = _randomization_test(found - base, seed, resamples)
+    for measure in MEASURES:
+        family = [i for i, (system, named) in enumerate(columns) if named == measure and system in among]
+        p_values[family] = _holm(p_values[family])
     rows = [
         {
             "system": system,
@@ -77,12 +89,35 @@ def compare(
             "mean": float(found[:, i].mean()),
             "ci_low": float(low[i]),
             "ci_high": float(high[i]),
-            "p_value": None if system == baseline else float(p_values[i]),
+            "difference": None if system == baseline else float((found - base)[:, i].mean()),
+            "difference_low": None if system == baseline else float(difference_low[i]),
+            "difference_high": None if system == baseline else float(difference_high[i]),
+            "p_value": float(p_values[i]) if system in among else None,
             "queries": len(found),
         }
         for i, (system, measure) in enumerate(columns)
     ]
     return datasets.Dataset.from_list(rows, features=_RESULT_FEATURES)
+
+
+def strongest(systems: Mapping[str, Run], qrels: Qrels, among: Sequence[str]) -> str:
+    """Return the name of the system, among those named, with the highest mean nDCG@10; of equal ones the first."""
+    return max(among, key=lambda name: mean_ndcg(systems[name], qrels))
+
+
+def mean_ndcg(run: Run, qrels: Qrels) -> float:
+    """Return the mean nDCG@10 over the judged queries."""
+    by_query = ranking_metrics(run, qrels)["ndcg@10"]
+    return float(np.mean(list(by_query.values())))
+
+
+def _holm(p_values: np.ndarray) -> np.ndarray:
+    """Return Holm's step-down correction of the p-values of one family, shape ``(tests,)``."""
+    order = np.argsort(p_values)
+    corrected = np.empty_like(p_values)
+    factors = len(p_values) - np.arange(len(p_values))
+    corrected[order] = np.minimum(np.maximum.accumulate(p_values[order] * factors), 1.0)
+    return corrected
 
 
 def _bootstrap(values: np.ndarray, seed: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -149,19 +184,44 @@ def rerank(
     return run
 
 
-def fuse(run_a: Run, run_b: Run) -> dict[str, dict[str, float]]:
-    """Mean of two runs' scores, standardized within each query.
+def fuse(run_a: Run, run_b: Run, weight: float = 0.5) -> dict[str, dict[str, float]]:
+    """Return the weighted mean of two runs' scores, each standardized within its query.
 
     A document that only one run holds takes the other's lowest score; a query that only one run holds keeps its
     order.
+
+    Args:
+        run_a: Scores by query and document.
+        run_b: Likewise.
+        weight: Of ``run_a``, from 0 to 1; ``run_b`` has the rest.
     """
     fused: dict[str, dict[str, float]] = {}
     for query_id in {**run_a, **run_b}:
         a, b = run_a.get(query_id, {}), run_b.get(query_id, {})
         doc_ids = list({**a, **b})
-        mean = (_standardize(a, doc_ids) + _standardize(b, doc_ids)) / 2
+        mean = weight * _standardize(a, doc_ids) + (1 - weight) * _standardize(b, doc_ids)
         fused[query_id] = dict(zip(doc_ids, mean.tolist(), strict=True))
     return fused
+
+
+def choose_weight(run_a: Run, run_b: Run, qrels: Qrels) -> tuple[float, dict[float, float]]:
+    """Choose the weight of :func:`fuse` that ranks best.
+
+    nDCG@10 is smoothed over neighbouring weights, since the best of many noisy figures is too good to be true.
+
+    Args:
+        run_a: Scores by query and document, on queries that nothing is reported on.
+        run_b: Likewise.
+        qrels: Their judgments.
+
+    Returns:
+        The weight of ``run_a``, and the mean nDCG@10 by weight, from 0 to 1.
+    """
+    weights = [round(0.05 * step, 2) for step in range(21)]
+    ndcg = np.array([mean_ndcg(fuse(run_a, run_b, weight), qrels) for weight in weights])
+    padded = np.pad(ndcg, 2, mode="edge")
+    smoothed = np.convolve(padded, np.ones(5) / 5, mode="valid")
+    return weights[int(smoothed.argmax())], dict(zip(weights, ndcg.tolist(), strict=True))
 
 
 def _standardize(scores: Mapping[str, float], doc_ids: Sequence[str]) -> np.ndarray:

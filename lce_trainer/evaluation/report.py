@@ -6,6 +6,7 @@ import datasets
 
 from lce_trainer.evaluation.metrics import MEASURES
 
+_SIGNIFICANT = 0.05
 _NAMES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "map@10": "MAP@10"}
 
 
@@ -42,3 +43,22 @@ def _cells(results: datasets.Dataset) -> list[list[str]]:
             line.append("" if row["p_value"] is None else f"{row['p_value']:.4f}")
         cells.append(line)
     return cells
+
+
+def verdict(results: datasets.Dataset, system: str) -> str:
+    """Return one line: whether a system ranks better than the best of the others, by how much and how surely.
+
+    Args:
+        results: What :func:`lce_trainer.evaluation.compare.compare` found; the baseline has no difference.
+        system: The system that is to be judged.
+    """
+    rows = [row for row in results.to_list() if row["measure"] == "ndcg@10"]
+    baseline = next(row["system"] for row in rows if row["difference"] is None)
+    row = next(row for row in rows if row["system"] == system)
+    better = "BETTER" if row["difference"] > 0 else "WORSE"
+    outcome = better if row["p_value"] < _SIGNIFICANT else "NO DIFFERENCE SHOWN"
+    return (
+        f"{outcome}: {system} against {baseline}, nDCG@10 {row['difference']:+.3f} "
+        f"[{row['difference_low']:+.3f}, {row['difference_high']:+.3f}], p {row['p_value']:.4f}, "
+        f"{row['queries']} queries"
+    )

@@ -90,7 +90,6 @@ class RunFacts:
         candidate_counts: What mining found.
         label_counts: Groups, positives, negatives, what was dropped and why.
         shortcut_auc: AUC of each query-blind guesser.
-        warm_start: Settings of the warm start, if there was one.
         training: Settings of the training.
         checkpoint_chosen_on: What chose the best checkpoint, e.g. ``"100 human dev queries"``; empty if nothing did
             or it is not known.
@@ -123,7 +122,6 @@ class RunFacts:
     candidate_counts: Mapping[str, int] = field(default_factory=dict)
     label_counts: Mapping[str, int] = field(default_factory=dict)
     shortcut_auc: Mapping[str, float] = field(default_factory=dict)
-    warm_start: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_chosen_on: str = ""
     used_human_labels: bool | None = None

@@ -170,3 +170,16 @@ def _configure_template(config: PreTrainedConfig, tokenizer: PreTrainedTokenizer
 
 def _kind(config: PreTrainedConfig) -> str:
     return " ".join(config.architectures or [config.model_type])
+
+
+def has_head(name: str | Path) -> bool:
+    """Return whether a model ranks as it is: it has a head of its own, or answers yes or no.
+
+    Raises:
+        TrainingError: There is no such model.
+    """
+    path = resolve_model(str(name))
+    if read_json(path, "adapter_config.json"):
+        return True
+    config = load_config(name)
+    return has_trained_head(config) or _answers(config, path, None) is not None

@@ -140,14 +140,42 @@ class Reranker:
             disable=not (progress and (accelerator is None or accelerator.is_local_main_process)),
         )
 
-    def rank(self, query: str, passages: Sequence[str], top_k: int | None = None) -> list[RankedPassage]:
-        """Passages from the most relevant down; equal scores keep their order.
+    def rank(
+        self,
+        query: str,
+        passages: Sequence[str],
+        top_k: int | None = None,
+        *,
+        first_stage_scores: Sequence[float] | None = None,
+    ) -> list[RankedPassage]:
+        """Return passages from the most relevant down; equal scores keep their order.
 
         Args:
-            query: What was asked.
+            query: The text that passages are ranked for.
             passages: Candidates.
-            top_k: Return so many; all if None.
+            top_k: How many are returned; all if None.
+            first_stage_scores: What brought each passage gave it, e.g. an encoder's cosine. Both scores are
+                standardized over the passages and added by the weight that training found on dev queries
+                (``first_stage_weight`` in the model's config, one half where there is none).
+
+        Raises:
+            TrainingError: There is not one first-stage score for each passage.
         """
         scores = self.score([(query, passage) for passage in passages])
+        if first_stage_scores is not None:
+            if len(first_stage_scores) != len(passages):
+                raise TrainingError(
+                    f"{len(first_stage_scores)} first_stage_scores for {len(passages)} passages: give one for each"
+                )
+            weight = float(getattr(self.model.config, "first_stage_weight", 0.5))
+            first_stage = np.asarray(first_stage_scores, dtype=np.float64)
+            scores = weight * _standardized(first_stage) + (1 - weight) * _standardized(scores.astype(np.float64))
         order = np.argsort(-scores, kind="stable")[:top_k]
         return [RankedPassage(int(i), float(scores[i]), passages[i]) for i in order]
+
+
+def _standardized(scores: np.ndarray) -> np.ndarray:
+    """Return scores less their mean, over their standard deviation; all 0 where they are equal."""
+    centred: np.ndarray = scores - scores.mean() if len(scores) else scores
+    spread = centred.std() if len(scores) else 0.0
+    return centred / spread if spread > 0 else centred

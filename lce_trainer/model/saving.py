@@ -1,5 +1,6 @@
 """Checkpoints that every loader scores alike."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,16 @@ def save_cross_encoder_files(model: Any, tokenizer: PreTrainedTokenizerBase, fol
     answers = answers_of(model)
     if answers is not None or hasattr(model, "peft_config"):
         write_cross_encoder_files(folder, answers, tokenizer)
+
+
+def write_first_stage_weight(folder: Path, weight: float) -> None:
+    """Write into a saved model's config how much the first stage's scores count beside its own.
+
+    Args:
+        folder: Of the saved model.
+        weight: From 0 to 1, see :meth:`lce_trainer.model.reranker.Reranker.rank`.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["first_stage_weight"] = weight
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

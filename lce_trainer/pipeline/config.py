@@ -24,8 +24,7 @@ from lce_trainer.synthesis.corpus import CorpusConfig
 from lce_trainer.synthesis.labeling import LabelConfig
 from lce_trainer.synthesis.llm.protocol import LLMConfig
 from lce_trainer.synthesis.queries import GenerateConfig
-from lce_trainer.synthesis.retrieval.mining import MineConfig
-from lce_trainer.synthesis.warm_start import WarmStartConfig
+from lce_trainer.synthesis.retrieval.hybrid import MineConfig
 
 
 class _Loader(yaml.SafeLoader):
@@ -56,24 +55,25 @@ class TrainConfig:
         "auto", "Of the forward pass; auto: bfloat16 where the hardware multiplies it. Weights stay float32."
     )
     dropout: float | None = option(None, "Every dropout of the model; as the base configures it if null.")
-    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     arguments: dict[str, Any] = option({}, "Filled from the section's other keys.")
 
 
 @dataclass
 class EvaluateConfig:
-    """Human judgments to measure on."""
+    """Human judgments to measure on, and what is measured."""
 
-    queries: str | None = option(None, "Queries with answers: .jsonl/.parquet with query_id, query, doc_ids.")
-    dev_queries: str | None = option(None, "The same for choosing the best checkpoint while training.")
+    queries: str | None = option(None, "Queries with answers: query_id, query, doc_ids.")
+    dev_queries: str | None = option(
+        None, "The same for choosing the best checkpoint and the weight of the first stage."
+    )
     candidates: str | None = option(
         None, "Out-of-domain: .parquet of query_id, query, doc_id, text, bm25_rank (TREC DL style), reranked as given."
     )
     qrels: str | None = option(None, "Its judgments: .parquet of query_id, doc_id, grade.")
     relevant_from: int = option(2, "Grades from here on count as relevant for MAP and MRR.")
-    top_k: int = option(30, "BM25 candidates that are reranked.")
-    bi_encoder: str | None = option(None, "An encoder for embeddings to compare with; null leaves its row out.")
+    top_k: int = option(50, "Passages that each retriever of the first stage brings, and that are reranked.")
+    rerankers: list[str] = option([], "Other rerankers to compare with: Hub ids or folders.")
     max_queries: int | None = option(None, "Measure on the first so many queries only.")
     max_dev_queries: int | None = option(100, "Dev queries measured at each evaluation while training.")
     precision: Literal["auto", "float32", "bfloat16"] = option(

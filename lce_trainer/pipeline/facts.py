@@ -6,7 +6,6 @@ Facts are gathered from the manifests of the artifacts: from what was made, and 
 import logging
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -16,12 +15,11 @@ from lce_trainer.evaluation.report import markdown
 from lce_trainer.hub.cards import Evaluation, RunFacts, dataset_card, model_card
 from lce_trainer.hub.contents import Repo, dataset_repo, model_repo
 from lce_trainer.hub.privacy import names_only
+from lce_trainer.pipeline.evaluate import RERANKER
 from lce_trainer.pipeline.run import Run
 from lce_trainer.synthesis.labeling import LabelConfig
 
 logger = logging.getLogger(__name__)
-
-RERANKER = "reranker"  # the trained model's row in the evaluation
 
 
 def gather_facts(run: Run) -> RunFacts:
@@ -43,7 +41,6 @@ def gather_facts(run: Run) -> RunFacts:
         model_id=recipe.publish.model_id,
         dataset_id=recipe.publish.dataset_id if folder is not None else None,
         trained_on="" if own else names_only(recipe.train.groups, run.base),
-        warm_start=_warm_start(run, model),
         training={**model.config["arguments"], **{f"lora_{k}": v for k, v in model.config.get("lora", {}).items()}},
         checkpoint_chosen_on=chosen_on,
         used_human_labels=human if own or human else None,  # labels made elsewhere may be anybody's
@@ -138,18 +135,6 @@ def _checkpoint(model: Manifest) -> tuple[str, bool | None]:
         return "", False
     what = "human dev queries" if dev["human"] else "groups held out from training"
     return f"{dev['queries']} {what}", dev["human"]
-
-
-def _warm_start(run: Run, model: Manifest) -> dict[str, Any]:
-    """Return the settings of the warm start that the model went through; empty if it did not."""
-    if "warm_start_model" not in model.inputs:
-        return {}
-    _check_parent(run, "model", "warm_start_model")
-    _check_parent(run, "warm_start_model", "warm_start")
-    trained = run.manifest("warm_start_model").config["arguments"]
-    settings = {key: value for key, value in run.manifest("warm_start").config.items() if key != "seed"}
-    chosen = {"learning_rate": trained["learning_rate"], "temperature": trained["distillation_temperature"]}
-    return {**names_only(settings, run.base), **chosen}
 
 
 def _evaluations(run: Run, model: Manifest) -> list[Evaluation]:

@@ -34,6 +34,8 @@ from lce_trainer.synthesis.llm.loading import load_llm
 from lce_trainer.synthesis.llm.protocol import LLM
 from lce_trainer.synthesis.prompts import Prompt, load_prompt
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
+from lce_trainer.synthesis.retrieval.dense import DenseIndex, Encoder
+from lce_trainer.synthesis.retrieval.hybrid import FirstStage
 from lce_trainer.training.arguments import LCETrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -75,9 +77,18 @@ class Run:
         return load_llm(self.recipe.llm)
 
     @cached_property
-    def index(self) -> BM25Index:
-        """BM25 over the passages."""
-        return BM25Index.load(self.root / "passages" / "bm25")
+    def encoder(self) -> Encoder | None:
+        """The encoder of dense retrieval, loaded at its first use; None where BM25 is alone."""
+        mine = self.recipe.mine
+        return Encoder(mine.encoder) if mine.encoder is not None and "dense" in mine.retrievers else None
+
+    @cached_property
+    def first_stage(self) -> FirstStage:
+        """What brings candidates from the passages."""
+        folder = self.root / "passages"
+        bm25 = BM25Index.load(folder / "bm25") if "bm25" in self.recipe.mine.retrievers else None
+        dense = DenseIndex.load(folder / "dense", self.encoder) if self.encoder is not None else None
+        return FirstStage(self.manifest("passages").counts["passages"], bm25, dense)
 
     def table(self, name: str, split: str = "train") -> datasets.Dataset:
         """The rows of a finished artifact.

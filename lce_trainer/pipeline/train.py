@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lce_trainer.groups.convert import load_groups
 from lce_trainer.hardware import resolve_dtype
 from lce_trainer.model.adapters import lora
 from lce_trainer.model.loading import load_model, load_tokenizer, pairing_tokenizer
+from lce_trainer.model.saving import write_first_stage_weight
 from lce_trainer.pipeline.run import Run, is_stale, processes
 from lce_trainer.training.arguments import LCETrainingArguments
 from lce_trainer.training.checks import check_use
@@ -48,35 +49,19 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 }
 
 
-def fit_reranker(run: Run, dev: datasets.Dataset | None) -> None:
-    """Train in up to two phases: the warm start's groups, then the judged ones.
+def train_reranker(
+    run: Run, dev: datasets.Dataset | None, first_stage_weight: Callable[[Path], Mapping[str, float]]
+) -> None:
+    """Train on the recipe's groups, or on those that it names.
 
     Args:
-        run: The recipe being run; ``model`` and ``warm_start_model`` are written under its root.
+        run: The recipe being run; ``model`` is written under its root.
         dev: Human queries as groups, to choose the best checkpoint by; if None, a part of the
-            judged groups is held out for that.
+            groups is held out for that.
+        first_stage_weight: Called with the trained model's folder; finds how much the first stage counts beside it.
     """
     config, human = run.recipe.train, dev is not None
-    model = config.model
     inputs = {}
-    if config.warm_start.pairs:
-        warm = config.warm_start
-        arguments = {
-            **config.arguments,
-            "distillation_weight": 1.0,
-            "distillation_temperature": warm.temperature,
-            "learning_rate": warm.learning_rate,
-            "group_size": warm.group_size,
-            "num_train_epochs": 1,
-            "max_steps": -1,
-        }
-        inputs = {"warm_start": run.manifest("warm_start").digest}
-        warm_groups, warm_dev = run.table("warm_start"), dev
-        if warm_dev is None:
-            warm_groups, warm_dev = _hold_out(warm_groups, config.dev_fraction, run.recipe.seed)
-        _fit(run, "warm_start_model", model, warm_groups, warm_dev, arguments, inputs, human)
-        model = str(run.root / "warm_start_model")
-        inputs = {"warm_start_model": run.manifest("warm_start_model").digest}
     if config.groups is None:
         groups = run.table("groups")
         inputs["groups"] = run.manifest("groups").digest
@@ -84,7 +69,7 @@ def fit_reranker(run: Run, dev: datasets.Dataset | None) -> None:
         groups = load_groups(str(_found(run, config.groups) or config.groups))
     if dev is None:
         groups, dev = _hold_out(groups, config.dev_fraction, run.recipe.seed)
-    _fit(run, "model", model, groups, dev, config.arguments, inputs, human)
+    _train(run, groups, dev, inputs, human, first_stage_weight)
 
 
 def check_training(run: Run) -> None:
@@ -128,17 +113,16 @@ def _which_groups(run: Run, groups: str | None) -> str | dict[str, str] | None:
     return {groups: content_digest(path)}
 
 
-def _fit(
+def _train(
     run: Run,
-    name: str,
-    model: str,
     groups: datasets.Dataset,
     dev: datasets.Dataset,
-    arguments: Mapping[str, Any],
     inputs: Mapping[str, str],
     human_dev: bool,
+    first_stage_weight: Callable[[Path], Mapping[str, float]],
 ) -> None:
     config = run.recipe.train
+    name, model, arguments = "model", config.model, config.arguments
     shape: dict[str, Any] = {
         "base": config.model,
         "arguments": dict(arguments),
@@ -165,12 +149,15 @@ def _fit(
         if trainer.is_world_process_zero():
             (run.root / "logs").mkdir(exist_ok=True)
             trainer.state.save_to_json(str(run.root / "logs" / f"{name}.json"))
+            first_stage = dict(first_stage_weight(folder))
+            write_first_stage_weight(folder, first_stage["weight"])
             names = [file.name for file in folder.iterdir() if file.is_file()]
             chose = trainer.args.load_best_model_at_end or config.early_stopping_patience is not None
             facts = {
                 "max_length": trainer.args.max_length,
                 "dev_ndcg@10": trainer.state.best_metric,
                 "dev": {"queries": len(dev), "human": human_dev, "chose_checkpoint": chose},
+                "first_stage": first_stage,
             }
             counts = {**trainer.counts, "steps": trainer.state.global_step}
             write_manifest(folder, names, kind=name, config=shape, inputs=inputs, counts=counts, facts=facts)

@@ -15,7 +15,7 @@ from lce_trainer.settings import option
 from lce_trainer.synthesis.journal import Journal, ask
 from lce_trainer.synthesis.llm.protocol import LLM, Each
 from lce_trainer.synthesis.prompts import Prompt
-from lce_trainer.synthesis.retrieval.bm25 import BM25Index
+from lce_trainer.synthesis.retrieval.hybrid import FirstStage
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,9 @@ class GenerateConfig:
     min_words: int = option(2, "Shorter queries are dropped.")
     max_words: int = option(25, "Longer queries are dropped.")
     max_copied_words: int = option(8, "Queries that copy a longer run of the passage's words are dropped.")
-    roundtrip_k: int = option(20, "A query is kept if BM25 brings its passage back in the top k; 0 keeps all.")
+    roundtrip_k: int = option(
+        20, "A query is kept if a retriever of the first stage brings its passage back in its top k; 0 keeps all."
+    )
 
 
 def generate_queries(
@@ -71,7 +73,7 @@ def generate_queries(
     config: GenerateConfig,
     seed: int,
     journal: Journal,
-    index: BM25Index,
+    first_stage: FirstStage,
 ) -> tuple[datasets.Dataset, dict[str, int]]:
     """Queries for passages drawn uniformly without replacement.
 
@@ -85,7 +87,7 @@ def generate_queries(
         config: How many, how they are sampled, which are kept.
         seed: Seeds the draw, the order and every sampled token.
         journal: Where the LLM's answers are kept.
-        index: BM25 over ``passages``, for the round trip.
+        first_stage: Retrievers over ``passages``, for the round trip.
 
     Returns:
         The queries artifact in the order of the draw, and counts: ``asked``, ``kept``, and
@@ -131,7 +133,7 @@ def generate_queries(
     queries = [clean_query(text) for text in ask(journal, keys, batches, complete, "writing queries")]
 
     reasons = _reasons_to_drop(queries, [texts[row] for row, _ in items], _echoes(prompt, config), config)
-    _drop_lost(reasons, queries, [int(drawn[row]) for row, _ in items], config.roundtrip_k, index)
+    _drop_lost(reasons, queries, [int(drawn[row]) for row, _ in items], config.roundtrip_k, first_stage)
     _drop_duplicates(reasons, queries)
     kept = [item for item, reason in enumerate(reasons) if reason is None]
     counts = {"asked": len(items), "kept": len(kept)}
@@ -278,16 +280,16 @@ def _runs(words: Sequence[str], length: int) -> Iterable[tuple[str, ...]]:
 
 
 def _drop_lost(
-    reasons: list[str | None], queries: Sequence[str], rows: Sequence[int], k: int, index: BM25Index
+    reasons: list[str | None], queries: Sequence[str], rows: Sequence[int], k: int, first_stage: FirstStage
 ) -> None:
     """A query that does not bring its passage back asks for something else, or for nothing in particular."""
     kept = [item for item, reason in enumerate(reasons) if reason is None]
     if not k or not kept:
         return
-    found, _ = index.search([queries[item] for item in kept], k)
-    back = (found == np.array([rows[item] for item in kept])[:, None]).any(axis=1)
-    for item, came_back in zip(kept, back, strict=True):
-        if not came_back:
+    pools = first_stage.search([queries[item] for item in kept], k)
+    back = set(pools.query[pools.passage == np.array([rows[item] for item in kept])[pools.query]].tolist())
+    for place, item in enumerate(kept):
+        if place not in back:
             reasons[item] = "roundtrip"
 
 

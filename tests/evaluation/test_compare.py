@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import re
 from itertools import product
 from pathlib import Path
 
@@ -11,10 +12,19 @@ import pytest
 
 from helpers.paths import SHARED_DATA
 from lce_trainer.errors import EvaluationError
-from lce_trainer.evaluation.compare import _bootstrap, _randomization_test, compare, fuse, rerank
+from lce_trainer.evaluation.compare import (
+    _bootstrap,
+    _holm,
+    _randomization_test,
+    choose_weight,
+    compare,
+    fuse,
+    rerank,
+    strongest,
+)
 from lce_trainer.evaluation.judged import Query, judgments, read_judged, read_queries
 from lce_trainer.evaluation.metrics import ranking_metrics
-from lce_trainer.evaluation.report import markdown, table
+from lce_trainer.evaluation.report import markdown, table, verdict
 
 TREC = SHARED_DATA / "trec-dl19"
 
@@ -39,8 +49,14 @@ def test_a_system_that_is_always_better_is_significant_and_one_that_is_equal_is_
     assert row(results, "BM25", "mrr@10")["mean"] == pytest.approx(1 / 3)
     assert row(results, "BM25", "mrr@10")["p_value"] is None
     assert row(results, "ours", "mrr@10")["mean"] == 1
-    assert row(results, "ours", "mrr@10")["p_value"] == pytest.approx(1 / 2001)
+    # Of two tests, so doubled.
+    assert row(results, "ours", "mrr@10")["p_value"] == pytest.approx(2 / 2001)
     assert row(results, "copy", "mrr@10")["p_value"] == 1
+    assert row(results, "ours", "mrr@10")["difference"] == pytest.approx(2 / 3)
+    assert row(results, "BM25", "mrr@10")["difference"] is None
+    alone = compare({"BM25": bm25, "ours": better, "copy": same}, qrels, baseline="BM25", tested=["ours"])
+    assert row(alone, "ours", "mrr@10")["p_value"] == pytest.approx(1 / 10001)
+    assert row(alone, "copy", "mrr@10")["p_value"] is None
     assert row(results, "ours", "ndcg@10")["queries"] == 40
     assert len(results) == 9
 
@@ -277,3 +293,30 @@ def test_reranking_trec_dl_2019_in_bm25_order_gives_bm25s_figure():
     assert round(row(results, "same", "ndcg@10")["mean"], 3) == 0.506
     assert row(results, "same", "ndcg@10")["p_value"] == 1
     assert ranking_metrics(run, judged.qrels, 2) == ranking_metrics(judged.run, judged.qrels, 2)
+
+
+def test_holms_correction_is_the_textbook_one():
+    corrected = _holm(np.array([0.01, 0.04, 0.03, 0.005]))
+    assert corrected == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert _holm(np.array([0.9, 0.8])) == pytest.approx([1.0, 1.0])
+
+
+def test_a_weight_of_two_runs_is_chosen_by_the_judgments():
+    good = {f"q{i}": {"a": 1.0, "b": 0.0, "c": 0.5} for i in range(20)}
+    bad = {f"q{i}": {"a": 0.0, "b": 1.0, "c": 0.5} for i in range(20)}
+    qrels = {f"q{i}": {"a": 1} for i in range(20)}
+    weight, ndcg = choose_weight(good, bad, qrels)
+    assert weight > 0.5
+    assert ndcg[1.0] == 1.0 > ndcg[0.0]
+    assert strongest({"good": good, "bad": bad}, qrels, ["bad", "good"]) == "good"
+
+
+def test_the_verdict_names_the_best_of_the_others_and_how_sure_it_is():
+    (bm25, better, same), qrels = runs(40, 3, 1, 3)
+    results = compare({"BM25": bm25, "ours": better, "copy": same}, qrels, baseline="BM25", tested=["ours", "copy"])
+    assert re.fullmatch(
+        r"BETTER: ours against BM25, nDCG@10 \+0\.\d{3} \[\+.*\], p 0\.0002, 40 queries", verdict(results, "ours")
+    )
+    assert verdict(results, "copy").startswith("NO DIFFERENCE SHOWN: copy against BM25, nDCG@10 +0.000")
+    results = compare({"BM25": bm25, "ours": better}, qrels, baseline="ours", tested=["BM25"])
+    assert verdict(results, "BM25").startswith("WORSE: BM25 against ours, nDCG@10 -0.")

@@ -19,8 +19,6 @@ READ_BY = {
     "queries": "mine",
     "candidates": "label",
     "groups": "train",
-    "warm_start": None,
-    "warm_start_model": None,
     "model": "evaluate",
     "evaluation": None,
 }
@@ -60,7 +58,7 @@ def check(draw: random.Random, finished: Finished, folder: Path) -> None:
     harmless = file.name == MANIFEST and _reads_the_same(file, finished.root / file.relative_to(root))
     if reader is not None and not harmless:
         # The index is read by who mines anew.
-        anew = ["mine.top_k=8"] if file.parent.name == "bm25" else []
+        anew = ["mine.top_k=8"] if file.parent.name in ("bm25", "dense") else []
         status, printed = command(reader, *recipe, *anew, log=folder / "log")
         assert status == 2 and str(file) in printed and "Traceback" not in printed, (where, printed)
     names = ("publish.model_id=me/model", "publish.dataset_id=me/groups")

@@ -9,7 +9,7 @@ import numpy as np
 
 from helpers.fake_llm import FakeLLM
 from lce_trainer.synthesis.journal import Journal
-from lce_trainer.synthesis.labeling import LabelConfig, label_candidates
+from lce_trainer.synthesis.labeling import LabelConfig, label_candidates, load_judge
 from lce_trainer.synthesis.prompts import Prompt
 
 LIKELIHOOD = Prompt("likelihood.jinja", "Passage: {{ passage }}\nQuery:")
@@ -29,6 +29,11 @@ class HashedJudge:
         pairs = list(zip(prompts, continuations, strict=True))
         noise = [int(hashlib.sha256("\0".join(pair).encode()).hexdigest()[:8], 16) / 2**32 for pair in pairs]
         return [draw + self.lean * math.log(len(prompt)) for draw, prompt in zip(noise, prompts, strict=True)]
+
+
+def label_by(llm, found, passages, config, journal, seed=0, prompt=LIKELIHOOD):
+    """Groups by a language model alone, without an encoder."""
+    return label_candidates(found, passages, load_judge(config, llm, prompt), None, config, seed, journal)
 
 
 def scattered(n, seed=0):
@@ -60,5 +65,5 @@ def label_file(folder: Path, kill_after: int | None) -> None:
     scores = dict(zip(pairs, HashedJudge().score(*zip(*pairs, strict=True)), strict=True))
     llm = FakeLLM(scores=scores, kill_after=kill_after, log=folder / "asked.jsonl")
     with Journal(folder / "journal.jsonl") as journal:
-        groups, _, _ = label_candidates(found, passages, llm, LIKELIHOOD, LabelConfig(), 3, journal)
-    groups.to_parquet(folder / "groups.parquet")
+        tables, _, _ = label_by(llm, found, passages, LabelConfig(candidates=12, random=0), journal, seed=3)
+    tables["train"].to_parquet(folder / "groups.parquet")

@@ -12,6 +12,7 @@ from lce_trainer.synthesis.queries import (
     generate_queries,
 )
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
+from lce_trainer.synthesis.retrieval.hybrid import FirstStage
 
 PROMPT = Prompt("test.jinja", "Write. {% for e in examples %}{{ e.query }} {% endfor %}Passage: {{ passage }}\nQuery:")
 FILLER = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet"]
@@ -29,9 +30,9 @@ def plan(passages, answer=lambda i: [f"what is topic{i}", f"where does topic{i} 
 
 
 def generate(folder, passages, llm, config, seed=5, prompt=PROMPT):
-    index = BM25Index.build(passages, folder / "bm25")
+    first_stage = FirstStage(len(passages), BM25Index.build(passages, folder / "bm25"), None)
     with Journal(folder / "journal.jsonl") as journal:
-        return generate_queries(passages, llm, prompt, config, seed, journal, index)
+        return generate_queries(passages, llm, prompt, config, seed, journal, first_stage)
 
 
 def generate_file(folder: Path, kill_after: int | None) -> None:

@@ -15,7 +15,7 @@ from transformers import BertModel, LlamaConfig, LlamaForCausalLM
 
 from helpers.tiny import WORDS, build_model, build_tokenizer
 
-ARTIFACTS = ("passages", "queries", "candidates", "groups", "warm_start", "warm_start_model", "model", "evaluation")
+ARTIFACTS = ("passages", "queries", "candidates", "groups", "model", "evaluation")
 TOKEN = "hf_" + "S3cret" * 6
 
 
@@ -118,11 +118,10 @@ run_dir: {folder}/run
 corpus: {{source: docs.jsonl}}
 llm: {{model: {folder}/llm, dtype: float32}}
 generate: {{queries: 60, per_passage: 2, max_new_tokens: 6, min_words: 1, roundtrip_k: 0}}
-mine: {{top_k: 10}}
-label: {{candidates: 6, negatives: 4, drop_margin: -0.5}}
+mine: {{top_k: 10, encoder: {folder}/encoder}}
+label: {{candidates: 6, random: 1, negatives: 4, drop_margin: -0.5}}
 train:
   model: {folder}/encoder
-  warm_start: {{pairs: 192, group_size: 4, hard: 2, max_passage_words: 12, learning_rate: 3e-3}}
   learning_rate: 3e-3
   early_stopping_patience: null
   precision: float32
@@ -131,5 +130,5 @@ train:
   max_length: 48
   max_query_length: 12
   max_steps: 20
-evaluate: {{queries: test.jsonl, dev_queries: dev.jsonl, top_k: 10, bi_encoder: {folder}/encoder}}
+evaluate: {{queries: test.jsonl, dev_queries: dev.jsonl, top_k: 10}}
 """

@@ -24,11 +24,11 @@ def test_sections_become_dataclasses(tmp_path):
 def test_overrides_reach_nested_keys_and_read_yaml_values(tmp_path):
     recipe = load_recipe(
         write(tmp_path, "train: {learning_rate: 1e-5}"),
-        ["train.learning_rate=2e-5", "train.warm_start.pairs=64", "label.promote_margin=0.5", "corpus.source=null"],
+        ["train.learning_rate=2e-5", "train.lora.r=4", "label.promote_margin=0.5", "corpus.source=null"],
         TRAINING,
     )
     assert recipe.train.arguments == {"learning_rate": 2e-5}
-    assert recipe.train.warm_start.pairs == 64
+    assert recipe.train.lora.r == 4
     assert recipe.label.promote_margin == 0.5
     assert recipe.corpus.source is None
 
@@ -39,12 +39,12 @@ def test_overrides_reach_nested_keys_and_read_yaml_values(tmp_path):
         ("corpus: {text_colunm: x}", [], "unknown key 'text_colunm' in corpus; did you mean 'text_column'"),
         ("trian: {}", [], "unknown key 'trian'; did you mean 'train'"),
         ("train: {learning_rat: 1}", [], "unknown key 'learning_rat' in train; did you mean 'learning_rate'"),
-        ("", ["train.warm_start.pair=3"], "unknown key 'pair' in train.warm_start; did you mean 'pairs'"),
+        ("", ["train.lora.alhpa=3"], "unknown key 'alhpa' in train.lora; did you mean 'alpha'"),
         ("", ["train.learning_rate"], "is not an override"),
         ("", ["seed.more=1"], "corpus|seed"),
         ("corpus: {max_words: many}", [], "corpus.max_words must be int, not 'many'"),
         ("seed: true", [], "seed must be int, not True"),
-        ("label: {judge: oracle}", [], "label.judge must be one of likelihood, verdict, not 'oracle'"),
+        ("label: {judge: oracle}", [], "label.judge must be one of likelihood, verdict, grade, reranker, not 'oracle'"),
         ("[1, 2]", [], "must hold sections"),
         ("corpus: 3", [], "corpus must be a section"),
         ("train: 3", [], "train must be a section"),

@@ -23,7 +23,7 @@ from lce_trainer.hub.contents import Repo
 from lce_trainer.pipeline.facts import _language, gather_facts, repos
 from lce_trainer.pipeline.run import Run, open_run
 
-ALL = ("passages", "queries", "candidates", "groups", "warm_start", "warm_start_model", "model", "evaluation")
+ALL = ("passages", "queries", "candidates", "groups", "model", "evaluation")
 NAMES = ("publish.model_id=user/fish", "publish.dataset_id=user/fish-groups")
 
 
@@ -114,7 +114,7 @@ def test_the_language_that_the_corpus_was_read_in_goes_before_the_setting(finish
     root = finished.copy(tmp_path / "run", *ALL)
     before = read_manifest(root / "passages").digest
     edit_manifest(root / "passages", facts={"language": "ja"})
-    for name in ("queries", "candidates", "groups", "warm_start"):  # made from the passages
+    for name in ("queries", "candidates", "groups"):  # made from the passages
         after = read_manifest(root / "passages").digest
         manifest = root / name / "manifest.json"
         manifest.write_text(manifest.read_text().replace(before, after))
@@ -215,7 +215,7 @@ def test_groups_made_elsewhere_are_neither_made_again_nor_published_nor_describe
 ):
     recipe, root = write_recipe(tmp_path), tmp_path / "run"
     groups = write_groups(tmp_path / "mine.jsonl")
-    settings = (f"train.groups={groups}", "train.warm_start.pairs=0", "train.max_steps=1", "evaluate.bi_encoder=null")
+    settings = (f"train.groups={groups}", "train.max_steps=1")
     assert main(["run", str(recipe), *settings, "generate.prompt=none.jinja"]) == 0
     assert sorted(path.name for path in root.iterdir()) == ["checkpoints", "evaluation", "logs", "model", "passages"]
     (model,) = repos(open_run(recipe, [*settings, NAMES[0]]))
@@ -233,7 +233,7 @@ def test_groups_made_elsewhere_are_neither_made_again_nor_published_nor_describe
 
 def test_groups_of_another_run_are_published_with_what_their_own_manifest_says(finished, tmp_path, capsys):
     shutil.copytree(finished.root / "groups", tmp_path / "shared", ignore=shutil.ignore_patterns(".cache"))
-    settings = [f"run_dir={tmp_path / 'run'}", f"train.groups={tmp_path / 'shared'}", "train.warm_start.pairs=0"]
+    settings = [f"run_dir={tmp_path / 'run'}", f"train.groups={tmp_path / 'shared'}"]
     settings += ["train.max_steps=1", "evaluate.dev_queries=null", "train.dev_fraction=0.2", *NAMES]
     assert main(["train", str(finished.recipe), *settings]) == 0
     dataset, model = repos(open_run(finished.recipe, settings))
@@ -259,8 +259,7 @@ def test_nothing_that_is_uploaded_names_a_path_of_the_machine(tmp_path):
         f"label.prompt={home / 'my-likelihood.jinja'}",
         f"generate.prompt={home / 'my-query.jinja'}",
         f"evaluate.queries={home / 'test.jsonl'}",
-        f"train.warm_start.teacher={home / 'encoder'}",
-        "train.warm_start.pairs=32",
+        f"mine.encoder={home / 'encoder'}",
         "train.max_steps=1",
         "generate.queries=20",
         *NAMES,

@@ -114,24 +114,22 @@ def settings(finished, root: Path, processes: int) -> list[str]:
     """Of a run with four groups a step, whatever the processes."""
     chosen = [str(finished.recipe), f"run_dir={root}", f"train.per_device_train_batch_size={4 // processes}"]
     chosen += ["train.optim=sgd", "train.learning_rate=0.05", "train.dropout=0.0", "train.logging_steps=1"]
-    return [*chosen, "train.warm_start.learning_rate=0.05", "train.max_steps=8"]
+    return [*chosen, "train.max_steps=8"]
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(finished, tmp_path):
-    """The warm start's groups as well are made once, by one of them."""
     made = {}
     for config, processes in (("cpu", 1), ("ddp_cpu", 2)):
         root = finished.copy(tmp_path / config, "passages", "queries", "candidates", "groups")
         made[config] = finish(start(CONFIGS / f"{config}.yaml", *settings(finished, root, processes)))
-    for phase, steps in (("warm_start_model", 12), ("model", 8)):
-        one, two = (json.loads((tmp_path / config / "logs" / f"{phase}.json").read_text()) for config in made)
-        losses = [[entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in (one, two)]
-        assert len(losses[0]) == steps
-        assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-        assert two["best_metric"] == pytest.approx(one["best_metric"], abs=1e-5)
-        assert_same(*(load_file(tmp_path / config / phase / "model.safetensors") for config in made), 1e-5)
+    one, two = (json.loads((tmp_path / config / "logs" / "model.json").read_text()) for config in made)
+    losses = [[entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in (one, two)]
+    assert len(losses[0]) == 8
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert two["best_metric"] == pytest.approx(one["best_metric"], abs=1e-5)
+    assert_same(*(load_file(tmp_path / config / "model" / "model.safetensors") for config in made), 1e-5)
     for printed in made.values():
-        assert printed.count("INFO: warm_start: ") == printed.count("INFO: train took ") == 1
+        assert printed.count("INFO: train took ") == 1
         assert "Warning" not in printed
 
 
@@ -162,7 +160,7 @@ def test_sharded_models_and_several_machines_train_as_one_process(finished, tmp_
     printed = {}
     for name, (script, processes) in runs.items():
         root = finished.copy(tmp_path / name, "passages", "queries", "candidates", "groups")
-        arguments = [*settings(finished, root, processes), "train.warm_start.pairs=0"]
+        arguments = settings(finished, root, processes)
         if script == sharded:
             arguments.insert(0, str(train))
         config = CONFIGS / "cpu.yaml" if name == "cpu" else on_cpu(name, tmp_path)

@@ -26,7 +26,7 @@ def times_asked(journal: Path) -> list[int]:
 def test_one_command_makes_every_artifact_and_prints_the_tables(finished):
     for name in ARTIFACTS:
         assert read_manifest(finished.root / name).kind == name
-    for system in ("BM25", "bi-encoder", "reranker"):
+    for system in ("BM25", "encoder", "reranker"):
         assert f"\n{system} " in finished.printed
     assert str(finished.root / "model") in finished.printed
     assert "| reranker |" in (finished.root / "evaluation" / "in_domain.md").read_text()
@@ -81,7 +81,7 @@ def test_running_it_again_does_nothing_and_says_so(finished, tmp_path):
     assert state() == before
     for name in ARTIFACTS:
         assert f"INFO: {name}: already made" in printed
-    assert "\nreranker " in printed
+    assert "\nreranker + first stage " in printed
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,6 @@ def test_running_it_again_does_nothing_and_says_so(finished, tmp_path):
     [
         ("evaluate.max_queries=6", {"evaluation"}),
         ("train.learning_rate=1e-3", {"model", "evaluation"}),
-        ("train.warm_start.learning_rate=1e-3", {"warm_start_model", "model", "evaluation"}),
         ("label.negatives=3", {"groups", "model", "evaluation"}),
         pytest.param("mine.top_k=8", {"candidates", "groups", "model", "evaluation"}, marks=pytest.mark.slow),
         ("generate.temperature=1.0", {"queries", "candidates", "groups", "model", "evaluation"}),
@@ -115,7 +114,7 @@ def test_a_changed_setting_redoes_its_stage_and_what_follows_from_it(override, r
 
 def test_an_edited_file_counts_as_a_changed_setting(tmp_path):
     recipe = write_recipe(tmp_path)
-    arguments = ("run", recipe, "train.warm_start.pairs=0", "train.max_steps=1", "generate.queries=20")
+    arguments = ("run", recipe, "train.max_steps=1", "generate.queries=20")
     status, printed = command(*arguments, log=tmp_path / "log")
     assert status == 0, printed
     test = tmp_path / "test.jsonl"
@@ -129,6 +128,7 @@ def test_an_edited_file_counts_as_a_changed_setting(tmp_path):
 GENERATE = [
     Moment("open", "passages/bm25/vocab.index.json"),
     Moment("os.rename", "passages/manifest.json"),
+    Moment("os.rename", "passages/dense/manifest.json"),
     Moment("journal", "queries"),
     Moment("os.rename", "queries/train.parquet"),
 ]
@@ -139,14 +139,8 @@ LABEL = [
     Moment("journal", "groups", 2),
     Moment("os.rename", "groups/manifest.json"),
 ]
-WARM_START = [
-    Moment("os.rename", "warm_start/train.parquet"),
-    Moment("os.mkdir", "checkpoint-3"),
-    Moment("open", "checkpoint-6/trainer_state.json"),
-    Moment("os.rename", "checkpoint-12/manifest.json"),
-    Moment("os.rename", "run/warm_start_model/manifest.json"),
-]
 TRAIN = [
+    Moment("os.mkdir", "checkpoint-4"),
     Moment("os.mkdir", "checkpoint-8"),
     Moment("open", "checkpoint-12/trainer_state.json"),
     Moment("os.rename", "checkpoint-20/manifest.json"),
@@ -161,8 +155,7 @@ TRAIN = [
     [
         pytest.param((), GENERATE, id="generate"),
         pytest.param(ARTIFACTS[:2], LABEL, id="label"),
-        pytest.param(ARTIFACTS[:4], WARM_START, id="warm_start"),
-        pytest.param(ARTIFACTS[:6], TRAIN, id="train"),
+        pytest.param(ARTIFACTS[:4], TRAIN, id="train"),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes_and_asks_nothing_twice(made, moments, finished, tmp_path):
@@ -180,9 +173,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_asks_nothing_twice(made, mom
 
 def test_a_run_killed_around_its_early_stop_stops_where_it_would_have(finished, tmp_path):
     """Nothing is ever found on this dev set, so patience runs out at the third evaluation of five."""
-    lost = {"query_id": "lost", "query": "what is a fish", "doc_ids": ["nowhere"]}
+    documents = [json.loads(line) for line in (finished.recipe.parent / "docs.jsonl").read_text().splitlines()]
+    without = next(row["doc_id"] for row in documents if "moon" not in row["text"])
+    lost = {"query_id": "lost", "query": "moon", "doc_ids": [without]}
     (tmp_path / "lost.jsonl").write_text(json.dumps(lost))
-    settings = ("train.warm_start.pairs=0", "train.early_stopping_patience=2")
+    settings = ("train.early_stopping_patience=2", "mine.first_stage=bm25")
     settings += (f"evaluate.dev_queries={tmp_path / 'lost.jsonl'}",)
     for name in ("whole", "killed"):
         finished.copy(tmp_path / name, *ARTIFACTS[:4])
@@ -218,7 +213,7 @@ def test_what_was_killed_under_other_settings_does_not_pass_for_finished(overrid
 def test_adapters_on_a_decoder_become_a_plain_model_that_every_loader_scores_alike(finished, tmp_path):
     recipe = write_recipe(tmp_path)
     finished.copy(tmp_path / "run", "passages", "queries", "candidates", "groups")
-    changed = [f"train.model={tmp_path}/llm", "train.lora.r=4", "train.warm_start.pairs=0", "train.max_length=80"]
+    changed = [f"train.model={tmp_path}/llm", "train.lora.r=4", "train.max_length=80"]
     for again in (False, True):
         status, printed = command("train", recipe, *changed, "train.max_steps=6", log=tmp_path / "log")
         assert status == 0, printed

@@ -1,21 +1,24 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import datasets
 import numpy as np
 import pytest
 
 from helpers.fake_llm import FakeLLM
-from helpers.labeling import LIKELIHOOD, HashedJudge, label_file, scattered
+from helpers.labeling import LIKELIHOOD, HashedJudge, label_by, label_file, scattered
 from helpers.paths import SHARED_DATA, TESTS
-from lce_trainer.errors import LabelError
+from lce_trainer.errors import ConfigError, LabelError
 from lce_trainer.groups.schema import GROUPS_FEATURES, validate_groups
+from lce_trainer.model.reranker import Reranker
 from lce_trainer.synthesis.journal import Journal
-from lce_trainer.synthesis.labeling import LabelConfig, check_judge, label_candidates
+from lce_trainer.synthesis.labeling import LabelConfig, check_judge, label_candidates, load_judge, standardize
 from lce_trainer.synthesis.prompts import Prompt
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
-from lce_trainer.synthesis.retrieval.mining import candidates
+from lce_trainer.synthesis.retrieval.hybrid import FirstStage, MineConfig
+from lce_trainer.synthesis.retrieval.mining import mine_candidates
 
 VERDICT = Prompt("verdict.jinja", "Passage: {{ passage }}\nQuery: {{ query }}\nAnswered:")
 PASSAGES = datasets.Dataset.from_dict(
@@ -31,8 +34,7 @@ def mined(found, query_ids=("q",), source="a"):
             "query": [f"what is {query_id}" for query_id in query_ids],
             "source_passage_id": [source] * n,
             "passage_ids": [list(found)] * n,
-            "passages": [[f"{name} one two three" for name in found]] * n,
-            "retrievers": [["bm25"] * len(found)] * n,
+            "found_by": [["bm25"] * len(found)] * n,
             "ranks": [list(range(1, len(found) + 1))] * n,
         }
     )
@@ -60,11 +62,19 @@ def verdicts(said):
 
 def label(tmp_path, llm, config=None, *, found="abcdef", prompt=LIKELIHOOD, seed=0):
     with Journal(tmp_path / "journal.jsonl") as journal:
-        return label_candidates(mined(found), PASSAGES, llm, prompt, config or LabelConfig(), seed, journal)
+        config = replace(config or LabelConfig(), random=0)
+        tables, counts, facts = label_by(llm, mined(found), PASSAGES, config, journal, seed, prompt)
+    return tables["train"], counts, facts
+
+
+def in_deviations(*scores):
+    """Scores less their mean, over their standard deviation."""
+    return [(score - np.mean(scores)) / np.std(scores) for score in scores]
 
 
 def test_what_explains_the_query_as_well_as_its_source_is_no_negative(tmp_path):
     llm = likelihoods({"a": -2.0, "b": -3.0, "c": -1.5, "d": -2.0, "e": -2.1, "f": -4.0})
+    all_scores = in_deviations(-2.0, -3.0, -1.5, -2.0, -2.1, -4.0)
     groups, counts, facts = label(tmp_path, llm)
     assert groups.features == GROUPS_FEATURES
     assert groups.to_list() == [
@@ -74,7 +84,7 @@ def test_what_explains_the_query_as_well_as_its_source_is_no_negative(tmp_path):
             "passage_ids": ["a", "b", "e", "f"],
             "passages": [f"{name} one two three" for name in "abef"],
             "labels": [1.0, 0.0, 0.0, 0.0],
-            "scores": [np.float32(score) for score in (-2.0, -3.0, -2.1, -4.0)],
+            "scores": pytest.approx([all_scores[place] for place in (0, 1, 4, 5)]),
         }
     ]
     assert counts == {
@@ -87,11 +97,12 @@ def test_what_explains_the_query_as_well_as_its_source_is_no_negative(tmp_path):
         "negatives": 3,
         "groups": 1,
     }
-    assert facts["source_judged_best"] == 0.0
+    assert facts["source_first"] == {"judge": 0.0, "teacher": 0.0}
 
 
 def test_margins_drop_what_is_near_and_promote_what_is_better(tmp_path):
     llm = likelihoods({"a": -2.0, "b": -3.0, "c": -1.4, "d": -2.0, "e": -2.1, "f": -4.0})
+    # One standard deviation of these is 0.85 nats.
     groups, counts, _ = label(tmp_path, llm, LabelConfig(drop_margin=0.5, promote_margin=0.5))
     assert groups["passage_ids"][0] == ["a", "c", "b", "f"]
     assert groups["labels"][0] == [1.0, 1.0, 0.0, 0.0]
@@ -103,11 +114,13 @@ def test_a_verdict_between_the_thresholds_or_none_is_dropped(tmp_path):
     groups, counts, _ = label(tmp_path, llm, LabelConfig(judge="verdict"), prompt=VERDICT)
     assert groups["passage_ids"][0] == ["a", "b", "c", "f"]
     assert groups["labels"][0] == [1.0, 1.0, 0.0, 0.0]
-    assert groups["scores"][0] == [np.float32(score) for score in (0.9, 0.6, 0.3, 0.0)]
+    odds = in_deviations(*(np.log(p / (1 - p)) for p in (0.9, 0.6, 0.3, 0.45, 1e-4)))
+    assert groups["scores"][0] == pytest.approx([odds[place] for place in (0, 1, 2, 4)])
     assert counts == {
         "queries": 1,
         "pairs_judged": 6,
         "source_rejected": 0,
+        "source_abstained": 0,
         "promoted": 1,
         "dropped_abstained": 1,
         "dropped_undecided": 1,
@@ -118,10 +131,10 @@ def test_a_verdict_between_the_thresholds_or_none_is_dropped(tmp_path):
     }
 
 
-@pytest.mark.parametrize("source", [None, 0.59, 0.0])
-def test_a_query_whose_source_the_judge_rejects_is_dropped(tmp_path, source):
+@pytest.mark.parametrize(("source", "reason"), [(None, "abstained"), (0.59, "rejected"), (0.0, "rejected")])
+def test_a_query_whose_source_the_judge_does_not_stand_by_is_dropped(tmp_path, source, reason):
     llm = verdicts({"a": source, "b": 0.0, "c": 0.9})
-    with pytest.raises(LabelError, match=r"no group is left .*1 source rejected"):
+    with pytest.raises(LabelError, match=f"no group is left .*1 source {reason}"):
         label(tmp_path, llm, LabelConfig(judge="verdict"), prompt=VERDICT, found="bc")
 
 
@@ -159,9 +172,10 @@ def test_a_long_passage_is_cut_for_the_judge_and_whole_in_the_group(tmp_path):
 
 def test_no_more_candidates_are_judged_and_no_more_negatives_kept_than_asked_for(tmp_path):
     passages, found = scattered(100)
-    config = LabelConfig(candidates=9, negatives=3, drop_margin=-9.0)
+    config = LabelConfig(candidates=9, random=0, negatives=3, drop_margin=-9.0)
     with Journal(tmp_path / "j") as journal:
-        groups, counts, _ = label_candidates(found, passages, HashedJudge(), LIKELIHOOD, config, 0, journal)
+        tables, counts, _ = label_by(HashedJudge(), found, passages, config, journal)
+    groups = tables["train"]
     assert counts["pairs_judged"] == 9 * 100
     assert {len(labels) for labels in groups["labels"]} == {4}
     assert counts["negatives_not_taken"] == 5 * 100
@@ -170,9 +184,9 @@ def test_no_more_candidates_are_judged_and_no_more_negatives_kept_than_asked_for
 def test_groups_are_the_same_however_many_are_built_at_once(tmp_path, monkeypatch):
     passages, found = scattered(60)
     with Journal(tmp_path / "j") as journal:
-        whole, _, _ = label_candidates(found, passages, HashedJudge(), LIKELIHOOD, LabelConfig(), 0, journal)
+        whole = label_by(HashedJudge(), found, passages, LabelConfig(), journal)[0]["train"]
         monkeypatch.setattr("lce_trainer.synthesis.labeling._WINDOW", 7)
-        parts, _, _ = label_candidates(found, passages, HashedJudge(), LIKELIHOOD, LabelConfig(), 0, journal)
+        parts = label_by(HashedJudge(), found, passages, LabelConfig(), journal)[0]["train"]
     # Some queries have no negative, so windows and queries do not line up.
     assert 40 < len(whole) < 60
     assert parts.to_list() == whole.to_list()
@@ -180,15 +194,16 @@ def test_groups_are_the_same_however_many_are_built_at_once(tmp_path, monkeypatc
 
 def test_nothing_to_judge_is_an_error(tmp_path):
     with Journal(tmp_path / "j") as journal, pytest.raises(LabelError, match="no candidates to judge"):
-        label_candidates(mined("b").select([]), PASSAGES, FakeLLM(), LIKELIHOOD, LabelConfig(), 0, journal)
+        label_by(FakeLLM(), mined("b").select([]), PASSAGES, LabelConfig(), journal)
 
 
 @pytest.mark.parametrize("match_length", [True, False])
 def test_candidates_are_taken_from_the_top_and_from_deeper(tmp_path, match_length):
     passages, found = scattered(100)
-    config = LabelConfig(negatives=11, drop_margin=-9.0, match_length=match_length)
+    config = LabelConfig(candidates=12, random=0, negatives=11, drop_margin=-9.0, match_length=match_length)
     with Journal(tmp_path / "j") as journal:
-        groups, _, _ = label_candidates(found, passages, HashedJudge(), LIKELIHOOD, config, 0, journal)
+        tables, _, _ = label_by(HashedJudge(), found, passages, config, journal)
+    groups = tables["train"]
     ranks = []
     for row, mine in zip(groups, found, strict=True):
         ranks.append([mine["passage_ids"].index(key) for key in row["passage_ids"] if key in mine["passage_ids"]])
@@ -202,8 +217,8 @@ def test_the_pool_of_a_query_does_not_depend_on_the_other_queries(tmp_path):
     passages, found = scattered(60)
     few, more = HashedJudge(), HashedJudge()
     with Journal(tmp_path / "j") as journal:
-        label_candidates(found.select(range(40)), passages, few, LIKELIHOOD, LabelConfig(), 0, journal)
-        label_candidates(found, passages, more, LIKELIHOOD, LabelConfig(), 0, journal)
+        label_by(few, found.select(range(40)), passages, LabelConfig(candidates=12, random=0), journal)
+        label_by(more, found, passages, LabelConfig(candidates=12, random=0), journal)
     assert (few.asked, more.asked) == (40 * 12, 20 * 12)
 
 
@@ -230,9 +245,10 @@ def medquad(tmp_path_factory):
     if not corpus.is_file():
         pytest.skip(f"needs the MedQuAD corpus at {corpus}")
     table = datasets.Dataset.from_parquet(str(corpus)).shuffle(seed=0).select(range(4000))
-    passages = table.rename_column("doc_id", "passage_id").select_columns(["passage_id", "text", "source"])
+    passages = table.rename_column("doc_id", "passage_id").select_columns(["passage_id", "text"])
+    passages = passages.add_column("doc_id", passages["passage_id"][:])
     index = BM25Index.build(passages, tmp_path_factory.mktemp("bm25"))
-    return passages, index
+    return passages, FirstStage(len(passages), index, None)
 
 
 def first_sentences(passages, rows):
@@ -247,11 +263,12 @@ def first_sentences(passages, rows):
 
 
 def length_auc(medquad, rows, tmp_path, **options):
-    passages, index = medquad
-    found, _ = candidates(first_sentences(passages, rows), passages, index, 50)
-    judge = HashedJudge(options.pop("lean", 0.0))
+    passages, first_stage = medquad
+    found, _ = mine_candidates(first_sentences(passages, rows), passages, first_stage, MineConfig())
+    judge, config = HashedJudge(options.pop("lean", 0.0)), LabelConfig(candidates=12, random=0, **options)
     with Journal(tmp_path / f"{sorted(options.items())}.jsonl") as journal:
-        groups, _, facts = label_candidates(found, passages, judge, LIKELIHOOD, LabelConfig(**options), 0, journal)
+        tables, _, facts = label_by(judge, found, passages, config, journal)
+    groups = tables["train"]
     checked, counts = validate_groups(groups)
     assert checked.to_list() == groups.to_list()
     assert counts["groups"] > 0.8 * len(rows)
@@ -261,7 +278,7 @@ def length_auc(medquad, rows, tmp_path, **options):
 @pytest.mark.parametrize("lean", [0.0, 0.2, -0.2])
 def test_length_does_not_tell_positives_from_negatives_on_medquad(medquad, tmp_path, lean):
     probe = length_auc(medquad, np.random.default_rng(0).permutation(4000)[:400], tmp_path, lean=lean)
-    assert set(probe) == {"length", "words", "popularity", "source"}
+    assert set(probe) == {"length", "words", "popularity"}
     assert probe["length"] < 0.55
 
 
@@ -292,8 +309,8 @@ def test_a_judge_is_measured_on_what_people_labelled(tmp_path):
         }
     )
     with Journal(tmp_path / "j") as journal:
-        report = check_judge(human, llm, LIKELIHOOD, LabelConfig(), journal)
-        again = check_judge(human, FakeLLM(), LIKELIHOOD, LabelConfig(), journal)
+        report = check_judge(human, load_judge(LabelConfig(), llm, LIKELIHOOD), journal)
+        again = check_judge(human, load_judge(LabelConfig(), FakeLLM(), LIKELIHOOD), journal)
     # Pooled: -1 beats -3, -2, -5 and -4 beats -5, of 2 x 4 pairs. Within: 2 of 3 and 1 of 1.
     assert (
         report
@@ -321,11 +338,85 @@ def test_a_judge_that_abstains_gets_no_credit(tmp_path):
     )
     with Journal(tmp_path / "j") as journal:
         llm = verdicts({"a": None, "b": None})
-        report = check_judge(human, llm, VERDICT, LabelConfig(judge="verdict"), journal)
+        report = check_judge(human, load_judge(LabelConfig(judge="verdict"), llm, VERDICT), journal)
     assert (report["auc"], report["first_is_right"], report["abstained"]) == (0.5, 0.0, 1.0)
 
 
 def test_no_human_labels_to_compare_with_is_no_error(tmp_path):
     human = datasets.Dataset.from_dict({"query": ["q"], "passages": [["a"]], "labels": [[1.0]]})
     with Journal(tmp_path / "j") as journal:
-        assert check_judge(human, FakeLLM(), LIKELIHOOD, LabelConfig(), journal) == {"pairs": 0, "queries": 0}
+        assert check_judge(human, load_judge(LabelConfig(), FakeLLM(), LIKELIHOOD), journal) == {
+            "pairs": 0,
+            "queries": 0,
+        }
+
+
+GRADE = Prompt("grade.jinja", "Passage: {{ passage }}\nQuery: {{ query }}\nGrade:")
+
+
+def test_a_grade_is_the_expected_one(tmp_path):
+    masses = {"a": [0.0, 0.0, 0.5, 0.5], "b": [0.5, 0.5, 0.0, 0.0], "c": [0.0, 1.0, 0.0, 0.0], "d": None}
+    llm = FakeLLM(
+        choices={
+            GRADE.render(passage=f"{name} one two three", query="what is q", examples=[]): answer
+            for name, answer in masses.items()
+        }
+    )
+    with Journal(tmp_path / "j") as journal:
+        tables, counts, _ = label_by(
+            llm, mined("bcd"), PASSAGES, LabelConfig(judge="grade", random=0), journal, 0, GRADE
+        )
+    judged = {row["passage_id"]: (row["judge_score"], row["label"]) for row in tables["judged"]}
+    assert judged == {"a": (2.5, "positive"), "b": (0.5, "negative"), "c": (1.0, "left out"), "d": (None, "left out")}
+    assert (counts["dropped_abstained"], counts["dropped_undecided"]) == (1, 1)
+
+
+def test_a_reranker_can_be_the_judge(tmp_path, tiny_reranker):
+    config = LabelConfig(judge="reranker", reranker=str(tiny_reranker), random=0, drop_margin=-9.0)
+    judge = load_judge(config, FakeLLM(), None)
+    with Journal(tmp_path / "j") as journal:
+        tables, _, _ = label_candidates(mined("bc"), PASSAGES, judge, None, config, 0, journal)
+    pairs = [("what is q", f"{name} one two three") for name in "abc"]
+    assert tables["judged"]["judge_score"] == pytest.approx(Reranker.from_pretrained(tiny_reranker).score(pairs))
+    with pytest.raises(ConfigError, match=r"needs label\.reranker"):
+        load_judge(LabelConfig(judge="reranker"), FakeLLM(), None)
+
+
+class Cosines:
+    """An index that knows the cosine of each passage of ``PASSAGES``."""
+
+    def __init__(self, *cosines):
+        self.cosines = np.array(cosines, dtype=np.float32)
+
+    def similarity(self, queries, query, passage):
+        return self.cosines[passage]
+
+
+def test_the_teacher_is_encoder_and_judge_together(tmp_path):
+    llm = likelihoods({"a": -1.0, "b": -3.0, "c": -2.0, "d": -4.0})
+    config = LabelConfig(judge_weight=0.5, random=0, drop_margin=-9.0)
+    judge = load_judge(config, llm, LIKELIHOOD)
+    with Journal(tmp_path / "j") as journal:
+        dense = Cosines(0.5, 0.6, 0.1, 0.2, 0.0, 0.0)
+        tables, _, facts = label_candidates(mined("bcd"), PASSAGES, judge, dense, config, 0, journal)
+    fused = np.array(in_deviations(0.5, 0.6, 0.1, 0.2)) + 0.5 * np.array(in_deviations(-1.0, -3.0, -2.0, -4.0))
+    assert tables["judged"]["teacher_score"] == pytest.approx(in_deviations(*fused), abs=1e-6)
+    assert facts["source_first"] == {"judge": 1.0, "encoder": 0.0, "teacher": 1.0}
+
+
+def test_easy_negatives_are_drawn_from_the_whole_corpus(tmp_path):
+    passages, found = scattered(50)
+    with Journal(tmp_path / "j") as journal:
+        config = LabelConfig(candidates=8, random=3, drop_margin=-9.0)
+        tables, _, _ = label_by(HashedJudge(), found, passages, config, journal)
+    easy = 0
+    for row, mine in zip(tables["train"], found, strict=True):
+        others = set(row["passage_ids"]) - {mine["source_passage_id"]}
+        assert len(others & set(mine["passage_ids"])) == 4
+        easy += len(others - set(mine["passage_ids"]))
+    assert 2.5 < easy / 50 <= 3
+
+
+def test_scores_are_compared_within_their_query():
+    values, query = np.array([1.0, 3.0, np.nan, 5.0, 5.0, 10.0]), np.array([0, 0, 0, 1, 1, 2])
+    np.testing.assert_array_equal(standardize(values, query), [-1.0, 1.0, np.nan, 0.0, 0.0, 0.0])

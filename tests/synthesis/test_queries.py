@@ -20,6 +20,7 @@ from lce_trainer.synthesis.queries import (
     plan_batches,
 )
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
+from lce_trainer.synthesis.retrieval.hybrid import FirstStage
 
 
 def test_each_query_names_its_source_prompt_and_model(tmp_path):
@@ -67,13 +68,13 @@ def test_more_queries_go_on_where_fewer_ended(tmp_path):
 
 def test_sources_are_drawn_uniformly(tmp_path):
     passages = build_passages(200)
-    index = BM25Index.build(passages, tmp_path / "bm25")
+    first_stage = FirstStage(len(passages), BM25Index.build(passages, tmp_path / "bm25"), None)
     lengths = {key: len(text) for key, text in zip(passages["passage_id"], passages["text"], strict=True)}
     means = []
     for seed in range(30):
         with Journal(tmp_path / f"{seed}.jsonl") as journal:
             llm = FakeLLM(completions=plan(passages))
-            queries, _ = generate_queries(passages, llm, PROMPT, GenerateConfig(queries=50), seed, journal, index)
+            queries, _ = generate_queries(passages, llm, PROMPT, GenerateConfig(queries=50), seed, journal, first_stage)
         assert len(set(queries["source_passage_id"])) == 50
         means.append(np.mean([lengths[key] for key in queries["source_passage_id"]]))
     values = np.array(list(lengths.values()))

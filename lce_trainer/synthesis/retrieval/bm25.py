@@ -143,6 +143,21 @@ class BM25Index:
                 scores[i, : len(best)] = found[best]
         return rows, scores
 
+    def similarity(self, queries: Sequence[str], query: np.ndarray, passage: np.ndarray) -> np.ndarray:
+        """Return the score of given pairs, 0 where they share no word, float32, shape ``(pairs,)``.
+
+        Args:
+            queries: Texts.
+            query: Row of ``queries`` of each pair, shape ``(pairs,)``.
+            passage: Row of its passage, likewise.
+        """
+        scores = np.zeros(len(query), dtype=np.float32)
+        order = np.argsort(query, kind="stable")
+        for pairs in np.split(order, np.flatnonzero(np.diff(query[order])) + 1):
+            if len(pairs) and (ids := self._words.ids(queries[query[pairs[0]]])):
+                scores[pairs] = self._scores.get_scores_from_ids(ids)[passage[pairs]]
+        return scores
+
 
 def _best(scores: np.ndarray, k: int) -> np.ndarray:
     """Rows of the k highest scores above 0; argpartition alone would let the CPU break the ties."""

@@ -1,104 +1,230 @@
-"""The embeddings of a bi-encoder."""
+"""Dense retrieval: passages and queries as vectors of a sentence-transformers model."""
 
-import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer
 
-from lce_trainer.compat import find_file
-from lce_trainer.errors import ConfigError
+from lce_trainer.artifacts import MANIFEST, read_manifest, write_manifest
+from lce_trainer.errors import ArtifactError, ConfigError
 from lce_trainer.hardware import best_device, multiplies_bfloat16
-from lce_trainer.names import resolve_model
+from lce_trainer.names import model_name, resolve_model
 
-_TOKENIZED = 16_384  # texts tokenized at once: bounds the memory that token ids take
+logger = logging.getLogger(__name__)
+
+_VECTORS = "vectors.npy"
+_EMBEDDED = 8192  # texts embedded between two moves of the progress bar; bounds memory as well
+_PASSAGES = 1 << 16  # passage vectors that are multiplied at once
+_QUERIES = 256  # query vectors that are multiplied at once
 
 
-def embed(
-    texts: Sequence[str],
-    model: str,
-    *,
-    max_length: int = 256,
-    batch_tokens: int = 8192,
-    pooling: str | None = None,
-    normalize: bool = True,
-    progress: bool = True,
-) -> np.ndarray:
-    """Embed texts with a bi-encoder.
+class Encoder:
+    """An embedding model, through sentence-transformers, so that its own prompts, pooling and layers apply.
 
-    Args:
-        texts: What to embed.
-        model: Hub id, folder, or ``package:NAME/FOLDER``.
-        max_length: Tokens of a text at most.
-        batch_tokens: Tokens, padding included, in one forward pass at most.
-        pooling: ``mean`` or ``cls``; if None, what the model's ``1_Pooling`` says, else mean.
-        normalize: Scale every embedding to length 1.
-        progress: Show a bar.
+    Example::
 
-    Returns:
-        float32, shape ``(texts, dim)``. Where the hardware multiplies bfloat16 the model runs in it, which moves
-        a cosine by some thousandths.
-
-    Raises:
-        ConfigError: There is no such model, or it pools in another way.
+        encoder = Encoder("BAAI/bge-small-en-v1.5")
+        similarity = encoder.queries(["what is a moon"]) @ encoder.passages(["A moon is ..."]).T
     """
-    name = resolve_model(model)
-    device = best_device()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        encoder = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
-        pooling = pooling or _pooling(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no encoder {model!r}: {_one_line(error)}") from None
-    if pooling not in ("mean", "cls"):
-        raise ConfigError(f"{model} pools its tokens by {pooling!r}; expected mean or cls")
-    positions = getattr(encoder.config, "max_position_embeddings", None) or max_length
-    max_length = min(max_length, tokenizer.model_max_length, positions)
-    embeddings = np.zeros((len(texts), encoder.config.hidden_size), dtype=np.float32)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16())
-    with torch.inference_mode(), autocast, tqdm(total=len(texts), desc="embedding", disable=not progress) as bar:
-        for start in range(0, len(texts), _TOKENIZED):
-            window = list(texts[start : start + _TOKENIZED])
-            ids = tokenizer(window, truncation=True, max_length=max_length)["input_ids"]
-            for rows in _batches([len(one) for one in ids], batch_tokens):
-                lengths = torch.tensor([len(ids[row]) for row in rows])
-                padded = torch.full((len(rows), int(lengths.max())), tokenizer.pad_token_id or 0)
-                mask = torch.arange(padded.shape[1]) < lengths[:, None]  # (batch, width)
-                padded[mask] = torch.tensor([token for row in rows for token in ids[row]])
-                mask = mask.to(device)
-                states = encoder(input_ids=padded.to(device), attention_mask=mask.long()).last_hidden_state.float()
-                pooled = states[:, 0] if pooling == "cls" else (states * mask[..., None]).sum(1) / mask.sum(1)[:, None]
-                if normalize:
-                    pooled = torch.nn.functional.normalize(pooled, dim=-1)
-                embeddings[start + rows] = pooled.cpu().numpy()
-                bar.update(len(rows))
-    return embeddings
+
+    def __init__(self, model: str, max_length: int = 256, batch_size: int = 64) -> None:
+        """Name a model; it is loaded at its first use.
+
+        Args:
+            model: Hub id, folder, or ``package:NAME/FOLDER``.
+            max_length: Tokens of a text that are read at most.
+            batch_size: Texts that are embedded in one forward pass.
+        """
+        self.model = model
+        self.name = model_name(model)
+        self._max_length = max_length
+        self._batch_size = batch_size
+
+    def queries(self, texts: Sequence[str], *, progress: bool = True) -> np.ndarray:
+        """Return unit vectors of queries, float32, shape ``(texts, dim)``.
+
+        Raises:
+            ConfigError: There is no such model, or sentence-transformers is not installed.
+        """
+        return self._embed(texts, self._loaded.encode_query, progress)
+
+    def passages(self, texts: Sequence[str], *, progress: bool = True) -> np.ndarray:
+        """Return unit vectors of passages, as :meth:`queries` does of queries."""
+        return self._embed(texts, self._loaded.encode_document, progress)
+
+    def similarity(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Return the cosine of each (query, passage), shape ``(pairs,)``; each distinct text is embedded once."""
+        queries, passages = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True)) if pairs else ([], [])
+        left = self.queries(queries)[_places([query for query, _ in pairs], queries)]
+        right = self.passages(passages)[_places([passage for _, passage in pairs], passages)]
+        cosines: np.ndarray = np.einsum("pd,pd->p", left, right)
+        return cosines
+
+    def _embed(self, texts: Sequence[str], encode: Any, progress: bool) -> np.ndarray:
+        parts = []
+        with tqdm(total=len(texts), desc="embedding", unit=" texts", disable=not progress) as bar:
+            for start in range(0, len(texts), _EMBEDDED):
+                window = list(texts[start : start + _EMBEDDED])
+                vectors = encode(window, batch_size=self._batch_size, show_progress_bar=False)
+                vectors = np.asarray(vectors, dtype=np.float32)
+                # In float32: a length that bfloat16 rounds is off by some thousandths.
+                parts.append(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
+                bar.update(len(window))
+        return np.concatenate(parts) if parts else np.zeros((0, self.dim), dtype=np.float32)
+
+    @property
+    def dim(self) -> int:
+        """The length of a vector."""
+        return int(self._loaded.get_embedding_dimension())
+
+    @cached_property
+    def _loaded(self) -> Any:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            raise ConfigError(
+                f"the encoder {self.model!r} needs sentence-transformers: pip install 'lce-trainer[dense]', "
+                "or set mine.encoder to null for BM25 alone"
+            ) from None
+        # In bfloat16 where the hardware multiplies it, which moves a cosine by some thousandths.
+        dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+        try:
+            encoder = SentenceTransformer(
+                resolve_model(self.model), device=str(best_device()), model_kwargs={"dtype": dtype}
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"no encoder {self.model!r}: {' '.join(str(error).split())}") from None
+        encoder.max_seq_length = min(self._max_length, encoder.max_seq_length or self._max_length)
+        return encoder
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[np.ndarray]:
-    """Rows of each batch, longest first, so that what does not fit into memory fails at once."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // max(1, lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
+class DenseIndex:
+    """Passage vectors on disk, memory-mapped, searched exactly by matrix product."""
+
+    def __init__(self, vectors: np.ndarray, encoder: Encoder) -> None:
+        """Wrap loaded vectors; see :meth:`build` and :meth:`load`."""
+        self._vectors = vectors
+        self.encoder = encoder
+
+    @classmethod
+    def build(
+        cls, passages: datasets.Dataset, path: Path, encoder: Encoder, inputs: Mapping[str, str] | None = None
+    ) -> "DenseIndex":
+        """Embed the column ``text`` and write the vectors.
+
+        Args:
+            passages: The passages artifact, or any table with ``text``.
+            path: The index's folder.
+            encoder: Embeds the passages, and later the queries.
+            inputs: Digest of each artifact that the passages come from, by kind.
+
+        Raises:
+            ConfigError: The encoder cannot be loaded.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        (path / MANIFEST).unlink(missing_ok=True)
+        part = path / f".{_VECTORS}.part"
+        written = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=(len(passages), encoder.dim))
+        at = 0
+        with tqdm(total=len(passages), desc="embedding", unit=" passages") as bar:
+            for batch in passages.select_columns("text").with_format("arrow").iter(_EMBEDDED):
+                texts = batch["text"].to_pylist()
+                written[at : at + len(texts)] = encoder.passages(texts, progress=False)
+                at += len(texts)
+                bar.update(len(texts))
+        written.flush()
+        del written
+        part.replace(path / _VECTORS)
+        write_manifest(
+            path,
+            [_VECTORS],
+            kind="dense",
+            config={"encoder": encoder.name},
+            inputs=inputs or {},
+            counts={"passages": len(passages)},
+        )
+        return cls.load(path, encoder)
+
+    @classmethod
+    def load(cls, path: Path, encoder: Encoder) -> "DenseIndex":
+        """Open an index without reading it into memory.
+
+        Raises:
+            ArtifactError: It is missing, unfinished, damaged, or of another encoder.
+        """
+        manifest = read_manifest(path, "dense")
+        if manifest.config["encoder"] != encoder.name:
+            raise ArtifactError(
+                f"{path} holds vectors of {manifest.config['encoder']}, not of {encoder.name}: "
+                "run lce-trainer generate with this recipe first"
+            )
+        try:
+            vectors = np.load(path / _VECTORS, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path / _VECTORS} cannot be read ({error}): delete {path} and build it") from None
+        if vectors.shape[0] != manifest.counts["passages"]:
+            raise ArtifactError(
+                f"{path} holds {vectors.shape[0]} vectors where its manifest says {manifest.counts['passages']}: "
+                "delete it and build it again"
+            )
+        return cls(vectors, encoder)
+
+    def __len__(self) -> int:
+        """Return the number of passages."""
+        return len(self._vectors)
+
+    def search(self, queries: Sequence[str], k: int, *, progress: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Find the passages whose vectors are nearest to each query's; of equal ones the first.
+
+        Args:
+            queries: Texts.
+            k: Passages of a query at most.
+            progress: Show a bar.
+
+        Returns:
+            Rows of the passages table, int64, and cosines, float32, both of shape ``(queries, k)`` and best first;
+            -1 and 0.0 past the end of a corpus of fewer than k passages.
+        """
+        if k < 1:
+            raise ConfigError(f"a search for {k} passages finds none: top_k must be 1 or more")
+        rows = np.full((len(queries), k), -1, dtype=np.int64)
+        scores = np.zeros((len(queries), k), dtype=np.float32)
+        vectors = self.encoder.queries(queries, progress=progress)
+        for start in range(0, len(queries), _QUERIES):
+            asked = torch.from_numpy(vectors[start : start + _QUERIES])
+            best = torch.empty((len(asked), 0))
+            at = torch.empty((len(asked), 0), dtype=torch.int64)
+            for first in range(0, len(self), _PASSAGES):
+                found = asked @ torch.from_numpy(np.array(self._vectors[first : first + _PASSAGES])).T
+                top = found.topk(min(k, found.shape[1]), dim=1)
+                best, at = torch.cat([best, top.values], 1), torch.cat([at, top.indices + first], 1)
+            order = np.lexsort((at.numpy(), -best.numpy()))[:, :k]
+            rows[start : start + len(asked), : order.shape[1]] = np.take_along_axis(at.numpy(), order, 1)
+            scores[start : start + len(asked), : order.shape[1]] = np.take_along_axis(best.numpy(), order, 1)
+        return rows, scores
+
+    def similarity(self, queries: Sequence[str], query: np.ndarray, passage: np.ndarray) -> np.ndarray:
+        """Return the cosine of given pairs, float32, shape ``(pairs,)``.
+
+        Args:
+            queries: Texts.
+            query: Row of ``queries`` of each pair, shape ``(pairs,)``.
+            passage: Row of its passage, likewise.
+        """
+        vectors = self.encoder.queries(queries)
+        cosines = np.empty(len(query), dtype=np.float32)
+        for start in range(0, len(query), _PASSAGES):
+            part = slice(start, start + _PASSAGES)
+            cosines[part] = np.einsum("pd,pd->p", vectors[query[part]], self._vectors[passage[part]])
+        return cosines
 
 
-def _pooling(name: str) -> str:
-    """How sentence-transformers pools this model; mean where it does not say."""
-    file = find_file(name, "1_Pooling/config.json")
-    if file is None:
-        return "mean"
-    config: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
-    modes = [key.removeprefix("pooling_mode_") for key, value in config.items() if value is True]
-    mode = str(config.get("pooling_mode") or "+".join(mode for mode in modes if mode != "include_prompt"))
-    return {"mean_tokens": "mean", "cls_token": "cls"}.get(mode, mode)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _places(texts: Sequence[str], distinct: Sequence[str]) -> np.ndarray:
+    row = {text: place for place, text in enumerate(distinct)}
+    return np.array([row[text] for text in texts], dtype=np.int64)
