@@ -65,10 +65,11 @@ def evaluate_systems(run: Run) -> str:
         if config.queries is not None:
             judged, counts = _in_domain(run, config.queries, config.max_queries)
             results["in_domain"] = _compare(run, judged, relevant_from=1)
-            each = "each of " if len(judged.scores) > 1 else ""
+            names = ["BM25" if name == "bm25" else "the encoder" for name in judged.scores]
+            of = f"each of {' and '.join(names)}" if len(names) > 1 else names[0]
             notes["in_domain"] = (
                 f"Each system reranks the same candidates: the first {config.top_k} passages a query of "
-                f"{each}{' and '.join(judged.scores)}. p-values are against the best of the other systems."
+                f"{of}. p-values are against the best of the other systems."
             )
         if config.candidates is not None:
             given = _out_of_domain(run)

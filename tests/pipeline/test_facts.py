@@ -16,7 +16,7 @@ import yaml
 from helpers.hub_client import TOKEN
 from helpers.hub_server import HubServer, metadata_errors
 from helpers.tiny_recipe import write_recipe
-from lce_trainer.artifacts import read_manifest
+from lce_trainer.artifacts import file_sha256, read_manifest
 from lce_trainer.cli import main
 from lce_trainer.errors import ArtifactError, ConfigError, PublishError
 from lce_trainer.hub.contents import Repo
@@ -40,7 +40,7 @@ def copied(finished, tmp_path):
 
 def edit_manifest(folder: Path, **changes) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["sha256"]  # as an earlier version wrote it, which had no hash of its own
+    manifest.pop("sha256", None)  # as an earlier version wrote it, which had no hash of its own
     for key, value in changes.items():
         manifest[key] = {**manifest[key], **value}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -92,7 +92,7 @@ def test_each_table_says_which_candidates_were_reranked(finished, tmp_path, caps
     settings = (f"run_dir={root}", *files, "mine.first_stage=bm25")
     assert main(["evaluate", str(finished.recipe), *settings]) == 0
     inside, outside = gather_facts(open_run(finished.recipe, settings)).evaluations
-    assert inside.notes == "Each system reranks the same BM25 candidates, 10 passages a query at most."
+    assert inside.notes.startswith("Each system reranks the same candidates: the first 10 passages a query of BM25.")
     assert outside.notes.startswith(
         "Each system reranks the same candidates, those given in pools.parquet, all of them: 14 to 16 a query."
     )
@@ -216,7 +216,13 @@ def test_groups_made_elsewhere_are_neither_made_again_nor_published_nor_describe
     groups = write_groups(tmp_path / "mine.jsonl")
     settings = (f"train.groups={groups}", "train.max_steps=1")
     assert main(["run", str(recipe), *settings, "generate.prompt=none.jinja"]) == 0
-    assert sorted(path.name for path in root.iterdir()) == ["checkpoints", "evaluation", "logs", "model", "passages"]
+    assert sorted(path.name for path in root.iterdir() if path.name[0] != ".") == [
+        "checkpoints",
+        "evaluation",
+        "logs",
+        "model",
+        "passages",
+    ]
     (model,) = repos(open_run(recipe, [*settings, NAMES[0]]))
     text = card(model)
     assert "on the groups of `mine.jsonl`" in text and str(tmp_path) not in text
@@ -292,7 +298,8 @@ def test_a_path_that_gets_into_a_file_all_the_same_stops_the_upload(finished, tm
     config = json.loads((root / "model" / "config.json").read_text())
     text = json.dumps({**config, "note": str(root / "s")}).ljust(size)[: size - 1] + "\n"
     (root / "model" / "config.json").write_text(text)
-    edit_manifest(root / "model", files={"config.json": {"bytes": len(text), "sha256": "0" * 64}})
+    sha256 = file_sha256(root / "model" / "config.json")
+    edit_manifest(root / "model", files={"config.json": {"bytes": len(text), "sha256": sha256}})
     shutil.rmtree(root / "evaluation")
     assert main(arguments) == 2
     assert f"config.json holds the path {root} of this machine" in capsys.readouterr().err
