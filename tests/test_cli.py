@@ -322,7 +322,7 @@ def test_config_prints_every_key_with_its_default_and_a_help(capsys):
         assert key.help and (key.inherited or key.help.endswith(".")), key.name
     for line in (
         "  seed: int = 13",
-        "  label.judge: likelihood | verdict = likelihood",
+        "  label.judge: likelihood | verdict | grade | reranker = likelihood",
         "  train.lora.r: int = 0",
         "  train.group_size: int = 8",
         "  train.learning_rate: float = 2e-5",
@@ -356,7 +356,7 @@ def test_every_key_that_is_printed_is_one_that_a_recipe_takes_at_that_default(tm
     ("wanted", "first", "absent"),
     [
         ("mine", "mine: ", "label."),
-        ("train.warm_start", "train.warm_start: ", "train.group_size"),
+        ("train.lora", "train.lora: ", "train.group_size"),
         ("train.group_size", "train: ", "train.max_length:"),
     ],
 )
@@ -382,12 +382,14 @@ def test_init_writes_a_recipe_that_reads_and_runs(recipe, capsys, monkeypatch):
     assert text.startswith("# A reranker for docs.jsonl: 60 documents, 60 passages")
     drafted = open_run(folder / "new.yaml").recipe
     assert (drafted.corpus.source, drafted.run_dir, drafted.generate.roundtrip_k) == ("docs.jsonl", "new", 0)
-    assert drafted.generate.queries == 60 and drafted.train.warm_start.pairs == 480
+    assert drafted.generate.queries == 60 and drafted.mine.retrievers == ("bm25", "dense")
     assert drafted.train.arguments["max_length"] == 96  # 25 words and a query
     tiny = open_run(recipe).recipe
     assert main(["mine", "new.yaml"]) == 2
     small = ("generate.queries=12", "generate.min_words=1", "generate.max_new_tokens=6", "llm.dtype=float32")
-    assert main(["generate", "new.yaml", f"llm.model={tiny.llm.model}", *small]) == 0
+    assert (
+        main(["generate", "new.yaml", f"llm.model={tiny.llm.model}", f"mine.encoder={tiny.mine.encoder}", *small]) == 0
+    )
     assert len(open_run(folder / "new.yaml").table("queries")) > 0
 
 

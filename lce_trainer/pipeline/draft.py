@@ -60,22 +60,24 @@ def _values(
     # About 1.5 tokens a word, the query and the separators; the models drafted take 512 tokens and more.
     max_length = min(max(-(-(long_passage * 3 // 2 + 56) // 32) * 32, 64), 512)
     llm, base = (f"package:{_QUICKSTART[0]}", f"package:{_QUICKSTART[1]}/model")
+    encoder = base
     if on_gpu:
         llm, base = ("Qwen/Qwen3-4B-Instruct-2507", "answerdotai/ModernBERT-base")
+        encoder = "sentence-transformers/all-MiniLM-L6-v2"
     train: dict[str, Any] = {"model": base}
     if on_gpu:
         train |= {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 3e-5}
     else:
-        # One pseudo-query a passage at most, eight pairs each.
-        train |= {"dropout": 0.0, "warm_start": {"pairs": min(16_000, 8 * passages)}}
-        train |= {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 5e-5}
+        train |= {"dropout": 0.0, "num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 3e-4}
+        train |= {"lr_scheduler_type": "cosine"}
+    train |= {"group_size": 12, "distillation_weight": 1.0, "distillation_temperature": 0.5}
     return {
         "": {"run_dir": f"runs/{name}", "seed": 13},
         "corpus": {**where, **cut},
         "llm": {"model": llm},
-        "generate": {"queries": min(5_000 if on_gpu else 400, passages)},
-        "mine": {"top_k": min(50, passages)},
-        "label": {"judge": "verdict" if on_gpu else "likelihood", "candidates": min(10, passages)},
+        "generate": {"queries": min(20_000 if on_gpu else 4_000, passages)},
+        "mine": {"encoder": encoder, "top_k": min(50, passages)},
+        "label": {"judge": "verdict" if on_gpu else "likelihood", "candidates": min(12, passages), "negatives": 11},
         "train": {**train, "max_length": max_length, "max_query_length": 48},
         "evaluate": {},
         "publish": {},
@@ -97,13 +99,14 @@ def _comments(passage: str, on_gpu: bool) -> dict[str, str]:
         ),
         "label.judge": "For LLMs of billions of parameters." if on_gpu else "For small LLMs; verdict for large ones.",
         "train.model": "The model that is fine-tuned: a base, or a reranker that you want to improve.",
-        "train.warm_start": "Pairs, made without the LLM, that teach a new head to compare; 0 if model is a reranker.",
+        "mine.encoder": "Your embedding model: it finds candidates beside BM25, and is half of the soft labels.",
+        "train.distillation_weight": "The soft labels are learned, and not only which passage is the positive.",
         "train.max_length": "Tokens of a query and passage together; holds 95 % of your passages.",
         "evaluate": (
             "Human judgments, if you have any; without them evaluate is left out of lce-trainer run.\n"
             'queries: test.jsonl        # a line each: {"query_id": "1", "query": "…", "doc_ids": ["…"]}\n'
             "dev_queries: dev.jsonl     # the same, to choose the best checkpoint by\n"
-            "bi_encoder: sentence-transformers/all-MiniLM-L6-v2   # what to compare with"
+            "rerankers: [BAAI/bge-reranker-base]   # what else to compare with"
         ),
         "publish": "model_id: you/your-reranker\ndataset_id: you/your-groups",
     }
