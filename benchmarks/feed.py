@@ -37,7 +37,7 @@ def feeds(
         shared = peers.settings(work / f"pretokenize-{pretokenize}", steps=1, groups=batch)
         trainer = peers.ours(checkpoint, groups, max_length, shared, pretokenize=pretokenize)
         loader = trainer.get_train_dataloader()
-        return lambda: sum(len(made["lengths"]) for made in loader)
+        return lambda: sum(len(made.pairs) for made in loader)
 
     tokenizer, pairs = AutoTokenizer.from_pretrained(checkpoint), pairs_of(groups)
     tokens = tokens_at_once(None, device())

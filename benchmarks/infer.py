@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks.data import add_options, medquad_groups, prepare_checkpoint
 from benchmarks.measure import PRECISIONS, arguments, device, median_ratio, save, seconds_of, spread
 from lce_trainer import Reranker
+from lce_trainer.model.pairs import pad_pairs
 from lce_trainer.model.scoring import scoring_batches
 
 OURS = "lce_trainer"
@@ -110,7 +111,8 @@ def over_batches(reranker: Reranker, logits: Callable[[dict[str, Tensor]], Tenso
     def score(given: Pairs, size: int) -> np.ndarray:
         scores = np.zeros(len(given), dtype=np.float32)
         with torch.inference_mode():
-            for rows, batch in scoring_batches(reranker.tokenizer, given, reranker.max_length, size):
+            for rows, pairs in scoring_batches(reranker.tokenizer, given, reranker.max_length, size):
+                batch = pad_pairs(reranker.tokenizer, pairs)
                 scores[rows] = logits(send_to_device(batch, device()))[:, 0].float().cpu().numpy()
         return scores
 
@@ -121,7 +123,8 @@ def onnx_session(reranker: Reranker, folder: Path) -> Callable[[dict[str, Tensor
     """The model as ONNX, run by ONNX Runtime with all its optimizations on as many threads as torch has."""
     import onnxruntime
 
-    (_, batch), *_ = scoring_batches(reranker.tokenizer, [("a b", "c d e"), ("f", "g")], reranker.max_length, 1000)
+    (_, pairs), *_ = scoring_batches(reranker.tokenizer, [("a b", "c d e"), ("f", "g")], reranker.max_length, 1000)
+    batch = pad_pairs(reranker.tokenizer, pairs)
     names = list(batch)
 
     class Logits(torch.nn.Module):

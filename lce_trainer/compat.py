@@ -126,12 +126,17 @@ NAMES = (
         ("train_dataset",),
     ),
     Name(
-        "transformers.Trainer._prepare_input",
+        "transformers.Trainer._prepare_inputs",
         "training.trainer",
-        "overridden: under DeepSpeed labels and teacher scores would be rounded to half precision",
-        ("data",),
+        "overridden: a batch stays on the host, and under DeepSpeed its scores are not rounded to half precision",
+        ("inputs",),
     ),
-    Name("transformers.Trainer._prepare_inputs", "training.trainer", "a batch goes to the device", ("inputs",)),
+    Name(
+        "transformers.Trainer._track_num_input_tokens",
+        "training.trainer",
+        "overridden: a batch is no dict of padded tensors",
+        ("inputs",),
+    ),
     Name(
         "transformers.Trainer._get_num_items_in_batch",
         "training.trainer",

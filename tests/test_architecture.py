@@ -173,11 +173,10 @@ passages = ["a moon", "sand and a river that flows"]
 before = [found.index for found in reranker.rank("what", passages)]
 row = {"query_id": "q", "query": "what", "passages": passages, "labels": [0.0, 1.0] if before[0] == 0 else [1.0, 0.0]}
 batch = GroupCollator(reranker.tokenizer, max_length=32, max_query_length=8)([row])
-inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
 optimizer = torch.optim.AdamW(reranker.model.parameters(), lr=1e-2)
 for _ in range(20):
-    scores = batch_scores(reranker.model, inputs, reranker.model, torch.device("cpu"))
-    lce_loss(scores[None], batch["target"], batch["mask"]).backward()
+    scores = batch_scores(reranker.model, batch.pairs, reranker.model, reranker.tokenizer, torch.device("cpu"))
+    lce_loss(batch.by_group(scores), batch.target, batch.mask).backward()
     optimizer.step()
     optimizer.zero_grad()
 assert [found.index for found in reranker.rank("what", passages)] == before[::-1]

@@ -3,11 +3,12 @@
 ``make test-gpu`` runs them; the other tests see no GPU, and these are skipped.
 """
 
+import numpy as np
 import pytest
 import torch
 from transformers.utils.import_utils import enable_tf32
 
-from helpers.packed import LENGTHS, make_batch, make_model
+from helpers.packed import flat, make_batch, make_model
 from helpers.steps import gradients, one_graph
 from helpers.tiny import WORDS, build_tokenizer
 from helpers.tiny_llm import QUERIES, prompts, sampling
@@ -39,13 +40,13 @@ def test_a_compiled_packed_model_is_one_graph_for_all_shapes(family):
     model = make_model(family, torch.bfloat16).cuda()
     assert enable_packing(model)
     batch = make_batch(model)
-    parts = [({name: tensor[:n] for name, tensor in batch.items()}, LENGTHS[:n]) for n in (8, 5, 7)]
-    wanted = [packed_scores(model, *part, model.config, model.device) for part in parts]
+    parts = [flat(batch).take(np.arange(n)) for n in (8, 5, 7)]
+    wanted = [packed_scores(model, part, model.config, model.device) for part in parts]
     torch._dynamo.reset()
     model.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for part, scores in zip(parts, wanted, strict=True):
-            got = packed_scores(model, *part, model.config, model.device)
+            got = packed_scores(model, part, model.config, model.device)
             torch.testing.assert_close(got, scores, rtol=0.05, atol=0.05)
             got.sum().backward()
 

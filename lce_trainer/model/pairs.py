@@ -88,6 +88,9 @@ class EncodedPairs:
     lengths: np.ndarray
     inputs: dict[str, np.ndarray]
 
+    def __len__(self) -> int:
+        return len(self.lengths)
+
     @classmethod
     def of(cls, lists: Mapping[str, Sequence[Sequence[int]]]) -> "EncodedPairs":
         """Pairs from one list each, for each of the inputs."""
@@ -194,7 +197,7 @@ def join_pairs(
     sizes: Sequence[int],
     max_length: int,
     max_query_length: int,
-) -> tuple[EncodedPairs, int]:
+) -> tuple[EncodedPairs, np.ndarray]:
     """Pairs of each group's query with each of its passages, all given as token ids.
 
     Args:
@@ -205,7 +208,7 @@ def join_pairs(
         max_query_length: Tokens of a query at most.
 
     Returns:
-        The pairs, and how many of them were cut.
+        The pairs, and which of them were cut, bool, shape ``(pairs,)``.
     """
     layout = pair_layout(tokenizer)
     texts = layout.with_separators(parts)
@@ -214,7 +217,7 @@ def join_pairs(
     whole = texts.counts[3:][rows]
     kept = np.minimum(whole, max_query_length)
     kept[:, 1] = np.minimum(whole[:, 1], max_length - layout.overhead - kept[:, 0])
-    return layout.join(texts, rows, kept), int((kept < whole).any(axis=1).sum())
+    return layout.join(texts, rows, kept), (kept < whole).any(axis=1)
 
 
 def encode_groups(
@@ -223,7 +226,7 @@ def encode_groups(
     passages: Sequence[Sequence[str]],
     max_length: int,
     max_query_length: int,
-) -> tuple[EncodedPairs, int]:
+) -> tuple[EncodedPairs, np.ndarray]:
     """Token ids of each query with each of its passages; every query is tokenized once.
 
     Args:
@@ -235,7 +238,7 @@ def encode_groups(
         max_query_length: Tokens of a query at most.
 
     Returns:
-        The pairs, and how many of them were cut.
+        The pairs, and which of them were cut, bool, shape ``(pairs,)``.
     """
     if template := pair_template(tokenizer):
         pairs = [(query, text) for query, texts in zip(queries, passages, strict=True) for text in texts]
@@ -251,7 +254,7 @@ def encode_by_template(
     pairs: Sequence[tuple[str, str]],
     max_length: int,
     max_query_length: int | None = None,
-) -> tuple[EncodedPairs, int]:
+) -> tuple[EncodedPairs, np.ndarray]:
     """Token ids of pairs that go through a template.
 
     Args:
@@ -263,7 +266,7 @@ def encode_by_template(
             long and the query is the longer half of it, as ``truncation="longest_first"`` does.
 
     Returns:
-        The pairs, and how many of them were cut.
+        The pairs, and which of them were cut, bool, shape ``(pairs,)``.
 
     Raises:
         TrainingError: The template alone takes ``max_length`` tokens.
@@ -304,7 +307,7 @@ def encode_by_template(
     encoded = EncodedPairs.of({"input_ids": ids})
     if "token_type_ids" in tokenizer.model_input_names:
         encoded.inputs["token_type_ids"] = np.zeros_like(encoded.inputs["input_ids"])
-    return encoded, sum(was_cut)
+    return encoded, np.array(was_cut, dtype=bool)
 
 
 def pad_pairs(

@@ -131,7 +131,7 @@ class Reranker:
                 share the pairs were given different ones.
         """
         return score_pairs(
-            lambda batch: batch_scores(self.model, batch, self.model, self.model.device),
+            lambda batch: batch_scores(self.model, batch, self.model, self.tokenizer, self.model.device),
             self.tokenizer,
             pairs,
             self.max_length,

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lce_trainer.distributed import in_lockstep, with_the_others
 from lce_trainer.errors import TrainingError
-from lce_trainer.model.pairs import EncodedPairs, encode_by_template, pad_pairs, pair_layout, tokenize_texts
+from lce_trainer.model.pairs import EncodedPairs, encode_by_template, pair_layout, tokenize_texts
 from lce_trainer.model.template import pair_template
 
 WINDOW = 16384  # pairs in memory at once, of all ranks together: bounds what texts and token ids take
@@ -29,7 +29,7 @@ def tokens_at_once(wanted: int | None, device: torch.device) -> int:
 
 
 def score_pairs(
-    score: Callable[[dict[str, Tensor]], Tensor],
+    score: Callable[[EncodedPairs], Tensor],
     tokenizer: PreTrainedTokenizerBase,
     pairs: Iterable[Pair],
     max_length: int,
@@ -40,7 +40,7 @@ def score_pairs(
     """Score every pair once, on some rank.
 
     Args:
-        score: Gives the logit of each row of a batch, shape ``(rows,)``.
+        score: Gives the logit of each pair of a batch, shape ``(pairs,)``.
         tokenizer: Of the model.
         pairs: Query and passage of each, the same on every rank; read once, a window at a time.
         max_length: Tokens of a pair at most.
@@ -106,7 +106,7 @@ def _check_the_others(accelerator: Accelerator, window: list[Pair]) -> None:
 
 
 def _score_window(
-    score: Callable[[dict[str, Tensor]], Tensor],
+    score: Callable[[EncodedPairs], Tensor],
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[Pair],
     max_length: int,
@@ -128,8 +128,8 @@ def _score_window(
             if batch is None:
                 score(next(scoring_batches(tokenizer, pairs[:1], max_length, batch_tokens))[1])
                 continue
-            rows, inputs = batch
-            scores[torch.as_tensor(mine[rows], device=scores.device)] = score(inputs).float().to(scores.device)
+            rows, encoded = batch
+            scores[torch.as_tensor(mine[rows], device=scores.device)] = score(encoded).float().to(scores.device)
             advance(ranks * len(rows))
     # Every other rank holds zero for a pair, so the sum is exact.
     if accelerator is not None and ranks > 1:
@@ -139,8 +139,8 @@ def _score_window(
 
 def scoring_batches(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int, batch_tokens: int
-) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    """Pairs alike in length, padded together, the longest first.
+) -> Iterator[tuple[np.ndarray, EncodedPairs]]:
+    """Batches of pairs alike in length, the longest first.
 
     Pairs are cut as every other loader of the checkpoint cuts them, from the longer side first: a
     query is whole as long as it takes less than half of the room, and is encoded as in training.
@@ -149,10 +149,10 @@ def scoring_batches(
         tokenizer: Of the model.
         pairs: Query and passage of each; all are tokenized at once.
         max_length: Tokens of a pair at most.
-        batch_tokens: Tokens of a batch at most, padding included; a single pair may have more.
+        batch_tokens: Tokens of a batch at most, were it padded; a single pair may have more.
 
     Yields:
-        Indices of the batch's pairs, and the model's inputs, shape ``(batch, length)``.
+        Indices of the batch's pairs, and their token ids.
 
     Raises:
         TrainingError: ``max_length`` leaves no room for the texts.
@@ -163,7 +163,7 @@ def scoring_batches(
     order = np.argsort(-lengths, kind="stable")
     while len(order):
         rows, order = np.split(order, [max(1, batch_tokens // lengths[order[0]])])
-        yield rows, pad_pairs(tokenizer, encoded(rows))
+        yield rows, encoded(rows)
 
 
 def _encoder(

@@ -1,9 +1,9 @@
-"""Rows of groups into one batch of tensors: draw, tokenize, pad."""
+"""Rows of groups into one flat batch: draw, tokenize, join."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,18 +11,100 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lce_trainer.errors import TrainingError
-from lce_trainer.model.pairs import EncodedPairs, TokenLists, encode_groups, join_pairs, pad_pairs
+from lce_trainer.model.pairs import EncodedPairs, TokenLists, encode_groups, join_pairs, slice_indices
 from lce_trainer.model.template import pair_overhead
 from lce_trainer.training.sampling import sample_group
 
-Batch = dict[str, Any]
 
-_OF_GROUPS = ("mask", "labels", "teacher", "target", "group_sizes", "query_ids")  # the rest of a batch is of pairs
+class StreamPosition(NamedTuple):
+    """How far a pass over a stream has come.
+
+    Attributes:
+        epoch: The pass, from 0.
+        read: Rows read.
+        no_positive: Rows dropped for having no positive.
+        no_negative: Rows dropped for having no negative.
+        shared: Rows whose query is also evaluated on.
+        digest: Checksum of the query ids of the batch, over all ranks, that the row belongs to.
+    """
+
+    epoch: int
+    read: int
+    no_positive: int
+    no_negative: int
+    shared: int
+    digest: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The pairs of several groups, flat and on the host from the collator to the model's door.
+
+    The pairs of a group follow each other, its positive first. Nothing is padded: packing pairs into a row, cutting a
+    batch and padding are each a :meth:`~lce_trainer.model.pairs.EncodedPairs.take`. Since a batch holds no tensor, data
+    loaders pass it on as it is; the device gets what the model reads, and the loss, from it.
+
+    Attributes:
+        pairs: Token ids of all pairs. A batch of no group has one pair all the same, so that there is something to run.
+        labels: The label of each pair's passage, float32, shape ``(pairs,)``.
+        teacher_scores: The teacher's score of each pair, NaN where unknown, float32, shape ``(pairs,)``.
+        is_cut: Whether tokens of the pair's query or passage were cut off, shape ``(pairs,)``.
+        group_sizes: Pairs of each group, shape ``(groups,)``.
+        query_ids: The query of each group.
+        stream_position: How far the stream was read up to the last group, if the groups come from one.
+    """
+
+    pairs: EncodedPairs
+    labels: np.ndarray
+    teacher_scores: np.ndarray
+    is_cut: np.ndarray
+    group_sizes: np.ndarray
+    query_ids: tuple[str, ...]
+    stream_position: StreamPosition | None = None
+
+    def take(self, groups: Sequence[int]) -> "Batch":
+        """Return a batch of some of the groups, in the order named, without a stream position."""
+        chosen = np.asarray(groups, dtype=np.int64)
+        sizes = self.group_sizes[chosen]
+        rows = slice_indices((self.group_sizes.cumsum() - self.group_sizes)[chosen], sizes)
+        return Batch(
+            self.pairs.take(rows if len(rows) else np.zeros(1, dtype=np.int64)),
+            self.labels[rows],
+            self.teacher_scores[rows],
+            self.is_cut[rows],
+            sizes,
+            tuple(self.query_ids[group] for group in chosen),
+        )
+
+    @property
+    def mask(self) -> Tensor:
+        """True where a group has a pair, on the host, shape ``(groups, width)``; width is the largest group's size."""
+        width = self.group_sizes.max(initial=0)
+        return torch.from_numpy(np.arange(width) < self.group_sizes[:, None])
+
+    @property
+    def target(self) -> Tensor:
+        """The column of each group's positive, int64, on the host, shape ``(groups,)``."""
+        return torch.zeros(len(self.group_sizes), dtype=torch.long)
+
+    def by_group(self, values: Tensor | np.ndarray, fill: float = 0.0) -> Tensor:
+        """Return one row a group of values that belong to pairs.
+
+        Args:
+            values: One for each pair, shape ``(pairs,)``; a tensor's gradient goes through.
+            fill: Stands where a group has no pair.
+
+        Returns:
+            Shape ``(groups, width)``, on the device of the values.
+        """
+        flat = torch.as_tensor(values)
+        mask = self.mask.to(flat.device, non_blocking=True)
+        return torch.full(mask.shape, fill, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
 
 @dataclass
 class GroupCollator:
-    """Draw each row's positive and negatives for its epoch, and make one batch of pairs.
+    """Draws each row's positive and negatives for its epoch, and makes one batch of pairs.
 
     Attributes:
         tokenizer: A fast tokenizer with a pad token.
@@ -31,7 +113,6 @@ class GroupCollator:
         max_length: Tokens of a pair at most, special tokens included. Only the passage is cut.
         max_query_length: Tokens of a query at most.
         seed: Of the draw, see :func:`lce_trainer.training.sampling.sample_group`.
-        pad_to_multiple_of: Round padded lengths up, for hardware that likes 8.
         curriculum_epochs: Of the draw too.
 
     Raises:
@@ -44,7 +125,6 @@ class GroupCollator:
     max_length: int = 256
     max_query_length: int = 64
     seed: int = 42
-    pad_to_multiple_of: int | None = None
     curriculum_epochs: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,38 +144,23 @@ class GroupCollator:
 
         Args:
             rows: Groups, each with its ``epoch`` (0 if it has none), their query and passages as text or
-                as :class:`lce_trainer.model.pairs.TokenLists`; None fills up a batch and is left out.
-
-        Returns:
-            ``input_ids`` and the tokenizer's other inputs, shape ``(pairs, length)``, padded on the
-            right, groups one after the other with the positive first; ``mask``, ``labels`` and
-            ``teacher`` (NaN where unknown), shape ``(groups, width)``; ``target``, shape
-            ``(groups,)``; and on the host, for those who cut the batch: ``group_sizes``,
-            ``lengths`` (tokens of each pair, an array), ``query_ids``, ``cut_pairs``. No rows at all give
-            one empty pair and no group, so that every rank has something to run. What the last row
-            tells of its ``stream`` is passed on.
+                as :class:`lce_trainer.model.pairs.TokenLists`; None fills up a batch and is dropped.
         """
         groups = [row for row in rows if row is not None]
         draws = [self._draw(row) for row in groups]
-        sizes = [len(draw) for draw in draws]
-        encoded, cut = self._encode(groups, draws)
-        mask = torch.arange(max(sizes, default=0)) < torch.tensor(sizes, dtype=torch.long)[:, None]
-        told = [row["stream"] for row in rows if row is not None and "stream" in row][-1:]
-        return {
-            **pad_pairs(self.tokenizer, encoded, self.pad_to_multiple_of),
-            "mask": mask,
-            "labels": _grid(mask, [row["labels"] for row in groups], draws, 0.0),
-            "teacher": _grid(mask, [row.get("scores") for row in groups], draws, math.nan),
-            "target": torch.zeros(len(groups), dtype=torch.long),
-            "group_sizes": sizes,
-            "lengths": encoded.lengths,
-            "query_ids": [row["query_id"] for row in groups],
-            "cut_pairs": cut if groups else 0,
-            **({"stream": told[0]} if told else {}),
-        }
+        pairs, is_cut = self._encode(groups, draws)
+        return Batch(
+            pairs,
+            _drawn([row["labels"] for row in groups], draws),
+            _drawn([row.get("scores") for row in groups], draws),
+            is_cut[: sum(map(len, draws))],
+            np.array([len(draw) for draw in draws], dtype=np.int64),
+            tuple(row["query_id"] for row in groups),
+            groups[-1].get("stream_position") if groups else None,
+        )
 
     def _draw(self, row: Mapping[str, Any]) -> list[int]:
-        """Which passages the group shows, its positive first."""
+        """Return which passages of the group are in the batch, its positive first."""
         target, negatives = sample_group(
             self.seed,
             row.get("epoch", 0),
@@ -106,8 +171,10 @@ class GroupCollator:
         )
         return [target, *negatives]
 
-    def _encode(self, groups: Sequence[Mapping[str, Any]], draws: Sequence[list[int]]) -> tuple[EncodedPairs, int]:
-        """Pairs of the groups, from their texts or from the ids that are kept of these; and how many were cut."""
+    def _encode(
+        self, groups: Sequence[Mapping[str, Any]], draws: Sequence[list[int]]
+    ) -> tuple[EncodedPairs, np.ndarray]:
+        """Return the pairs of the groups, made from texts or from token ids, and which of them were cut."""
         limits = (self.max_length, self.max_query_length)
         queries = [row["query"] for row in groups]
         if groups and isinstance(queries[0], TokenLists):
@@ -118,56 +185,19 @@ class GroupCollator:
 
 
 def group_collator(tokenizer: PreTrainedTokenizerBase, args: Any) -> GroupCollator:
-    """The collator that the settings of a run ask for."""
+    """Make the collator that the settings of a run describe."""
     return GroupCollator(
         tokenizer,
         args.group_size,
         args.max_length,
         args.max_query_length,
         args.seed if args.data_seed is None else args.data_seed,
-        args.pad_to_multiple_of,
         args.curriculum_epochs,
     )
 
 
-def select_groups(batch: Batch, groups: Sequence[int]) -> Batch:
-    """Part of a batch: the named groups with their pairs, in the order named; no pair counts as cut."""
-    starts = np.concatenate([[0], np.cumsum(batch["group_sizes"])])
-    part = _select_pairs(batch, np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups]))
-    for name in _OF_GROUPS:
-        value = batch[name]
-        chosen = torch.as_tensor(np.asarray(groups), device=value.device) if isinstance(value, Tensor) else None
-        part[name] = value[chosen] if chosen is not None else [value[i] for i in groups]
-    return {**part, "cut_pairs": 0}
-
-
-def select_pairs(batch: Batch, pairs: np.ndarray) -> Batch:
-    """A batch with some of its pairs, and all else as it was.
-
-    Args:
-        batch: Of :class:`GroupCollator`.
-        pairs: Their places in the batch, shape ``(chosen,)``. If there is none, the first pair is taken all the
-            same, as something to run.
-
-    Returns:
-        The batch, and ``places``: the given ones, as a tensor.
-    """
-    places = torch.as_tensor(pairs, dtype=torch.long, device=batch["input_ids"].device)
-    return {**_select_pairs(batch, pairs if len(pairs) else np.zeros(1, dtype=int)), "places": places}
-
-
-def _select_pairs(batch: Batch, pairs: np.ndarray) -> Batch:
-    part = dict(batch)
-    for name, value in batch.items():
-        if name == "lengths":
-            part[name] = value[pairs]
-        elif isinstance(value, Tensor) and name not in (*_OF_GROUPS, "places"):
-            part[name] = value[torch.as_tensor(pairs, device=value.device)]
-    return part
-
-
 def micro_batches(
-    group_sizes: Sequence[int], lengths: np.ndarray, pairs: float, tokens: float = math.inf
+    group_sizes: np.ndarray | Sequence[int], lengths: np.ndarray, pairs: float, tokens: float = math.inf
 ) -> list[list[int]]:
     """Groups that go through the model together: whole ones, alike in length, within both bounds.
 
@@ -187,10 +217,12 @@ def micro_batches(
     return parts
 
 
-def _grid(mask: Tensor, values: Sequence[Any], draws: Sequence[list[int]], fill: float) -> Tensor:
-    """What is drawn of each group's values; ``fill`` beside it, and where a group has none."""
-    grid = np.full(mask.shape, fill, dtype=np.float32)
-    for row, (known, draw) in enumerate(zip(values, draws, strict=True)):
-        if known is not None and len(known):
-            grid[row, : len(draw)] = np.asarray(known, dtype=np.float32)[draw]  # None becomes NaN
-    return torch.from_numpy(grid)
+def _drawn(values: Sequence[Any], draws: Sequence[list[int]]) -> np.ndarray:
+    """Return what is drawn of each group's values, one after the other; NaN where there is none, or no value."""
+    parts = [
+        np.asarray(known, dtype=np.float32)[draw]  # None becomes NaN
+        if known is not None and len(known)
+        else np.full(len(draw), math.nan, dtype=np.float32)
+        for known, draw in zip(values, draws, strict=True)
+    ]
+    return np.concatenate([np.empty(0, dtype=np.float32), *parts])

@@ -39,7 +39,7 @@ def measure_groups(trainer: Any, groups: datasets.Dataset, description: str, pre
     labels = [np.asarray(row, dtype=np.float64) for row in groups["labels"]]
     pairs = [(query, text) for query, texts in zip(groups["query"], groups["passages"], strict=True) for text in texts]
     flat = score_pairs(
-        lambda batch: batch_scores(model, batch, trainer.model, args.device),
+        lambda batch: batch_scores(model, batch, trainer.model, trainer.processing_class, args.device),
         trainer.processing_class,
         pairs,
         args.max_length,

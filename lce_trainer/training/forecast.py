@@ -91,8 +91,8 @@ def forecast(trainer: Any) -> Forecast:
     args, collator = trainer.args, trainer.data_collator
     rows = _sample(trainer.train_dataset, args.group_size)
     batch = collator(rows)
-    lengths = batch["lengths"]
-    groups = np.add.reduceat(lengths, np.concatenate([[0], np.cumsum(batch["group_sizes"])[:-1]]))
+    lengths = batch.pairs.lengths
+    groups = np.add.reduceat(lengths, batch.group_sizes.cumsum() - batch.group_sizes)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     ranks = args.world_size if sharded else 1
@@ -275,13 +275,13 @@ def _rehearse(trainer: Any, model: Any, rows: list[dict[str, Any]]) -> tuple[flo
     with _rehearsal(trainer, model):
         for wanted in _REHEARSED_TOKENS:
             batch = _batch_of(collator, rows, wanted)
-            run = partial(trainer._scores, model, trainer._prepare_inputs(batch))
+            run = partial(trainer._scores, model, batch.pairs, False)
             _wait_for_device()
             started = time.perf_counter()
             kept.append(_saved_bytes(model, run))
             _wait_for_device()
             seconds = time.perf_counter() - started
-            tokens.append(int(batch["lengths"].sum()))
+            tokens.append(int(batch.pairs.lengths.sum()))
     token = (kept[1] - kept[0]) / (tokens[1] - tokens[0]) if tokens[1] > tokens[0] else kept[1] / tokens[1]
     fixed = max(kept[1] - token * tokens[1], 0.0)
     if _checkpointed(model):
@@ -294,7 +294,7 @@ def _rehearse(trainer: Any, model: Any, rows: list[dict[str, Any]]) -> tuple[flo
 
 def _batch_of(collator: GroupCollator, rows: list[dict[str, Any]], tokens: int) -> Batch:
     """So many of the rows, over again if need be, that they have this many tokens."""
-    lengths = collator(rows[:16])["lengths"]
+    lengths = collator(rows[:16]).pairs.lengths
     count = max(round(tokens / (2 * float(np.mean(lengths)))), 1)
     return collator([rows[i % len(rows)] for i in range(count)])
 
@@ -302,9 +302,7 @@ def _batch_of(collator: GroupCollator, rows: list[dict[str, Any]], tokens: int) 
 @contextmanager
 def _rehearsal(trainer: Any, model: Any) -> Iterator[None]:
     """Run the model as in training, and leave no trace of it."""
-    tally, training = trainer.tally, model.training
-    device = trainer.args.device
-    trainer.tally = type(tally)()
+    training, device = model.training, trainer.args.device
     checkpointed = _checkpointed(model)
     for part in checkpointed:  # autograd's hooks do not see what lies inside a checkpoint
         part.gradient_checkpointing = False
@@ -314,7 +312,6 @@ def _rehearsal(trainer: Any, model: Any) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-        trainer.tally = tally
         for part in checkpointed:
             part.gradient_checkpointing = True
 

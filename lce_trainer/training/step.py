@@ -1,17 +1,18 @@
 """A step cut into what goes through the model at once, exactly, even inside a group.
 
-Whole groups need nothing but a cut: the loss is a sum over groups. A group with more pairs than fit goes
+Whole groups need nothing but a cut: the loss is a sum over groups. A group with more pairs than a chunk goes
 through twice: first without a graph, to know all its scores and so the loss's gradient by each score; then
 chunk by chunk with a graph, each backward starting from its scores' gradients, under the random numbers of
 the first time. That is the gradient cache of Gao et al. 2021 (https://arxiv.org/abs/2101.06983), on scores.
 
-Ranks can share every group as chunks share it: each runs its pairs, all learn all scores and compute the same
+Ranks can share every group as chunks share it: each runs its pairs, all gather all scores and compute the same
 loss, and each goes back from its own scores' gradients.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,56 +20,102 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lce_trainer.distributed import adding_up, in_lockstep, most
-from lce_trainer.training.collator import Batch, micro_batches, select_groups, select_pairs
+from lce_trainer.model.pairs import EncodedPairs
+from lce_trainer.training.collator import Batch, micro_batches
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Pairs that go through the model at once.
+
+    Attributes:
+        rows: Which pairs of the part these are, shape ``(chunk,)``; none on a rank that has nothing left to run.
+        pairs: Their token ids; if there are none, those of the part's first pair, so that there is something to run.
+    """
+
+    rows: np.ndarray
+    pairs: EncodedPairs
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Whole groups whose loss is computed at once.
+
+    Attributes:
+        batch: The groups.
+        chunks: The groups' pairs, or this rank's share of them, as they go through the model.
+    """
+
+    batch: Batch
+    chunks: list[Chunk]
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One pass through the model, forward and backward.
+
+    Attributes:
+        pairs: What goes through.
+        loss: Computes the loss from the pairs' logits, shape ``(pairs,)``.
+        is_counted: Whether the pairs belong to a group and go through for the first time.
+        random_state: The random number generators are set to this first; None leaves them as they are.
+    """
+
+    pairs: EncodedPairs
+    loss: Callable[[Tensor], Tensor]
+    is_counted: bool
+    random_state: list[Tensor] | None = None
 
 
 def run_step(
     accelerator: Accelerator,
     model: nn.Module,
-    parts: Sequence[Sequence[Batch]],
-    score: Callable[[Batch], Tensor],
+    parts: Sequence[Part],
+    score: Callable[[EncodedPairs, bool], Tensor],
     loss_of: Callable[[Tensor, Batch], Tensor],
-    backward: Callable[[Batch], Tensor],
+    backward: Callable[[Pass], Tensor],
+    is_shared: bool = False,
 ) -> Tensor:
-    """Forward and backward through the parts of a batch.
+    """Run the parts of a batch forward and backward.
 
     Args:
-        accelerator: Tells whether ranks must run the model equally often.
+        accelerator: Joins the ranks, and knows whether they must run the model equally often.
         model: As wrapped for training.
         parts: From :func:`cut_step`.
-        score: Gives the logit of each pair of a chunk, shape ``(pairs,)``.
-        loss_of: Gives the loss of a part from the logits of this rank's pairs.
-        backward: Runs a chunk forward and back; gives its loss.
+        score: Returns the logit of each pair, shape ``(pairs,)``; the flag is that of :attr:`Pass.is_counted`.
+        loss_of: Returns the loss of a part from the logits of its pairs, shape ``(pairs,)``.
+        backward: Runs one pass, and returns its loss.
+        is_shared: Whether other ranks hold the rest of each part's pairs.
 
     Returns:
         The loss of the batch.
     """
-    cached = [part for part in parts if len(part) > 1]
-    passes = [sum(map(len, cached)), sum(map(len, parts))]
-    most_passes = most(accelerator, *passes) if in_lockstep(accelerator) else passes
+    cached = [part for part in parts if len(part.chunks) > 1]
+    counts = [sum(len(part.chunks) for part in some) for some in (cached, parts)]
+    most_counts = most(accelerator, *counts) if in_lockstep(accelerator) else counts
     losses: list[Tensor] = []
-    chunks: list[Batch] = []
+    passes: list[Pass] = []
     for part in cached:
-        ready, loss = cache_gradients(part, score, loss_of)
+        replays, loss = cache_gradients(accelerator, part, score, loss_of, is_shared)
         losses.append(loss)
-        chunks += ready
-    idle = idle_chunk(parts[0][0])
+        passes += replays
+    idle = Pass(parts[0].chunks[0].pairs.take(np.zeros(1, dtype=np.int64)), lambda scores: scores.sum() * 0, False)
     with torch.no_grad():
-        for _ in range(most_passes[0] - passes[0]):
-            score(idle)
-    chunks += [part[0] for part in parts if len(part) == 1] + [idle] * (most_passes[1] - passes[1])
-    for place, chunk in enumerate(chunks, start=1):
-        # Only the last backward may reduce over ranks: they need not have equally many chunks.
-        with nullcontext() if place == len(chunks) else adding_up(accelerator, model), replayed(chunk):
-            loss = backward(chunk)
-        if "score_gradient" not in chunk:
+        for _ in range(most_counts[0] - counts[0]):
+            score(idle.pairs, False)
+    passes += [_whole(accelerator, part, loss_of, is_shared) for part in parts if len(part.chunks) == 1]
+    passes += [idle] * (most_counts[1] - counts[1])
+    for number, one in enumerate(passes, start=1):
+        # Only the last backward may reduce over ranks: they need not have equally many passes.
+        reducing = nullcontext() if number == len(passes) else adding_up(accelerator, model)
+        with reducing, replayed(one.random_state, accelerator.device):
+            loss = backward(one)
+        if one.random_state is None:
             losses.append(loss)
     return torch.stack(losses).sum()
 
 
-def cut_step(
-    batch: Batch, pairs: int | None, rank: int = 0, ranks: int = 1, tokens: int | None = None
-) -> list[list[Batch]]:
+def cut_step(batch: Batch, pairs: int | None, rank: int = 0, ranks: int = 1, tokens: int | None = None) -> list[Part]:
     """Cut a batch into parts of whole groups, and a part into the chunks that go through the model at once.
 
     Args:
@@ -79,58 +126,50 @@ def cut_step(
         tokens: In a chunk at most, but for one pair that has more; None: as many as there are.
 
     Returns:
-        The chunks of each part: as many on every rank, one unless a single group is larger than a chunk.
-        A chunk that is not all of its part holds its own pairs, and everything else of its part; ``places``
-        says which of the part's pairs they are, shape ``(chunk,)``. A chunk of no pair holds one that has
-        no place, so that there is something to run.
+        The parts, each with as many chunks on every rank, one unless a single group is larger than a chunk.
     """
     parts = [batch]
-    if (pairs is not None or tokens is not None) and batch["group_sizes"]:
-        most = [math.inf if bound is None else bound * ranks for bound in (pairs, tokens)]
-        cut = micro_batches(batch["group_sizes"], batch["lengths"], *most)
-        parts = [select_groups(batch, groups) for groups in cut]
-        parts[0]["cut_pairs"] = batch["cut_pairs"]
-    return [_chunks(part, pairs, rank, ranks, tokens) for part in parts]
+    if (pairs is not None or tokens is not None) and len(batch.group_sizes):
+        bounds = [math.inf if bound is None else bound * ranks for bound in (pairs, tokens)]
+        parts = [batch.take(groups) for groups in micro_batches(batch.group_sizes, batch.pairs.lengths, *bounds)]
+    return [Part(part, _chunks(part, pairs, rank, ranks, tokens)) for part in parts]
 
 
-def _chunks(part: Batch, pairs: int | None, rank: int, ranks: int, tokens: int | None) -> list[Batch]:
-    if not part["group_sizes"]:
-        return [part]
-    longest_first = np.argsort(-part["lengths"], kind="stable")
+def _chunks(part: Batch, pairs: int | None, rank: int, ranks: int, tokens: int | None) -> list[Chunk]:
+    lengths = part.pairs.lengths
+    if not len(part.group_sizes):
+        return [Chunk(np.zeros(0, dtype=np.int64), part.pairs)]
+    longest_first = np.argsort(-lengths, kind="stable")
     share = -(-len(longest_first) // ranks)
     count = 1 if pairs is None else -(-share // pairs)
     if tokens is not None:
         # As if all pairs were as long as the longest, so that every rank counts alike and no chunk is too large.
-        fits = max(tokens // int(part["lengths"].max()), 1)
-        count = max(count, -(-share // fits) if part["lengths"].sum() > tokens * ranks else 1)
+        bound = max(tokens // int(lengths.max()), 1)
+        count = max(count, -(-share // bound) if lengths.sum() > tokens * ranks else 1)
     if count == ranks == 1:
-        return [part]
-    chunks = [select_pairs(part, rows) for rows in np.array_split(longest_first[rank::ranks], count)]
-    for chunk in chunks if rank else chunks[1:]:
-        chunk["cut_pairs"] = 0
-    return chunks
+        return [Chunk(np.arange(len(lengths)), part.pairs)]
+    return [
+        Chunk(rows, part.pairs.take(rows if len(rows) else np.zeros(1, dtype=np.int64)))
+        for rows in np.array_split(longest_first[rank::ranks], count)
+    ]
 
 
-def idle_chunk(batch: Batch) -> Batch:
-    """One pair and no group: a forward and backward pass that only keeps a rank in step with the others."""
-    return {**select_pairs(batch, np.empty(0, dtype=int)), "group_sizes": [], "query_ids": [], "cut_pairs": 0}
-
-
-def gather_scores(accelerator: Accelerator, scores: Tensor, chunk: Batch, shared: bool) -> Tensor:
-    """Put scores where they belong in their part, with those of the ranks that share it.
+def gather_scores(accelerator: Accelerator, scores: Tensor, rows: np.ndarray, size: int, is_shared: bool) -> Tensor:
+    """Put the scores of some pairs where they belong in their part, with those of the ranks that share it.
 
     Args:
         accelerator: Joins the ranks.
-        scores: Logits of the chunk's pairs, and of those that have no place; the gradient goes to these.
-        chunk: Its ``places`` in the part, and the part's ``group_sizes``.
-        shared: Whether other ranks have the rest of them.
+        scores: Logits of the pairs ``rows``, and perhaps of more, which are dropped; the gradient goes to these.
+        rows: Which pairs of the part these are.
+        size: Pairs of the part.
+        is_shared: Whether other ranks have the rest of them.
 
     Returns:
-        Logits of the part's pairs, shape ``(pairs,)``.
+        Logits of the part's pairs, shape ``(size,)``.
     """
-    places = chunk["places"]
-    own = scores.new_zeros(sum(chunk["group_sizes"])).index_copy(0, places, scores[: len(places)])
-    if not shared:
+    index = torch.as_tensor(rows, dtype=torch.long).to(scores.device, non_blocking=True)
+    own = scores.new_zeros(size).index_copy(0, index, scores[: len(rows)])
+    if not is_shared:
         return own
     # Exact: of each pair's scores on the ranks all but one are zero.
     known = own.detach()
@@ -139,48 +178,69 @@ def gather_scores(accelerator: Accelerator, scores: Tensor, chunk: Batch, shared
 
 
 def cache_gradients(
-    chunks: Sequence[Batch], score: Callable[[Batch], Tensor], loss_of: Callable[[Tensor, Batch], Tensor]
-) -> tuple[list[Batch], Tensor]:
-    """Score the chunks of one part without a graph, and find the gradient of their loss by each score.
+    accelerator: Accelerator,
+    part: Part,
+    score: Callable[[EncodedPairs, bool], Tensor],
+    loss_of: Callable[[Tensor, Batch], Tensor],
+    is_shared: bool = False,
+) -> tuple[list[Pass], Tensor]:
+    """Score the chunks of a part without a graph, and compute the gradient of their loss by each score.
 
     Args:
-        chunks: Of one part.
-        score: Gives the logit of each pair of a batch, shape ``(pairs,)``.
-        loss_of: Gives the loss of a part from the logits of this rank's pairs.
+        accelerator: As of :func:`run_step`.
+        part: Several chunks.
+        score: As of :func:`run_step`.
+        loss_of: As of :func:`run_step`.
+        is_shared: As of :func:`run_step`.
 
     Returns:
-        The chunks again, to be run by :func:`replayed` with the loss ``(scores * score_gradient).sum()``, and
-        the loss of the part.
+        A pass for each chunk, whose loss is ``(scores * gradient).sum()``, and the loss of the part.
     """
     states, scores = [], []
     with torch.no_grad():
-        for chunk in chunks:
-            states.append(_random_state(chunk["input_ids"].device))
-            scores.append(score(chunk)[: len(chunk["places"])])
+        for chunk in part.chunks:
+            states.append(_random_state(accelerator.device))
+            scores.append(score(chunk.pairs, bool(len(chunk.rows)))[: len(chunk.rows)])
     # In half precision the gradient would be rounded, and in float16 vanish before the loss is scaled.
     together = torch.cat(scores)
     leaf = together.to(torch.promote_types(together.dtype, torch.float32)).requires_grad_()
-    whole = {**chunks[0], "places": torch.cat([chunk["places"] for chunk in chunks])}
-    loss = loss_of(leaf, whole)
+    rows = np.concatenate([chunk.rows for chunk in part.chunks])
+    loss = loss_of(gather_scores(accelerator, leaf, rows, len(part.batch.labels), is_shared), part.batch)
     (gradient,) = torch.autograd.grad(loss, leaf)
-    ready = []
-    for chunk, state, part in zip(chunks, states, torch.split(gradient, [len(row) for row in scores]), strict=True):
-        by_score = part.new_zeros(len(chunk["lengths"]))  # a pair that has no place has no gradient
-        by_score[: len(part)] = part
-        # Its groups have been counted, so it carries none.
-        ready.append({**chunk, "group_sizes": [], "score_gradient": by_score, "random_state": state})
-    return ready, loss.detach()
+    passes = []
+    for chunk, state, by_score in zip(
+        part.chunks, states, torch.split(gradient, [len(chunk.rows) for chunk in part.chunks]), strict=True
+    ):
+        # A pair that is none of the chunk's rows has no gradient.
+        weight = torch.cat([by_score, by_score.new_zeros(len(chunk.pairs) - len(chunk.rows))])
+        passes.append(Pass(chunk.pairs, _weighted_sum(weight), False, state))
+    return passes, loss.detach()
+
+
+def _weighted_sum(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda scores: (scores * weight).sum()
+
+
+def _whole(accelerator: Accelerator, part: Part, loss_of: Callable[[Tensor, Batch], Tensor], is_shared: bool) -> Pass:
+    """Return the pass of a part that goes through at once."""
+    (chunk,) = part.chunks
+
+    def loss(scores: Tensor) -> Tensor:
+        if not len(part.batch.group_sizes):
+            return scores.sum() * 0
+        return loss_of(gather_scores(accelerator, scores, chunk.rows, len(part.batch.labels), is_shared), part.batch)
+
+    return Pass(chunk.pairs, loss, bool(len(chunk.rows)))
 
 
 @contextmanager
-def replayed(chunk: Batch) -> Iterator[None]:
-    """The random numbers that the chunk had when its scores were cached; those of now are given back."""
-    if "random_state" not in chunk:
+def replayed(state: list[Tensor] | None, device: torch.device) -> Iterator[None]:
+    """Run under the random numbers that follow a state, and put back the present one; None changes nothing."""
+    if state is None:
         yield
         return
-    device = chunk["input_ids"].device
     now = _random_state(device)
-    _set_random_state(chunk["random_state"], device)
+    _set_random_state(state, device)
     try:
         yield
     finally:
@@ -188,7 +248,7 @@ def replayed(chunk: Batch) -> Iterator[None]:
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
-    """Of the generators a model draws from: the CPU's, and the device's own."""
+    """Return the states of the generators a model draws from: the CPU's, and the device's own."""
     states = [torch.get_rng_state()]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))

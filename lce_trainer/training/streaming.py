@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from lce_trainer.errors import GroupsError, TrainingError
 from lce_trainer.training.arguments import LCETrainingArguments
+from lce_trainer.training.collator import Batch, StreamPosition
 from lce_trainer.training.sampling import EpochGroups
 from lce_trainer.training.token_ids import token_ids
 
@@ -149,8 +150,10 @@ class StreamedGroups(IterableDataset[Row | None]):
             places = [*taken, *[None] * (self.step - len(taken))]
             for start in range(0, self.step, self.batch):
                 batch = places[start : start + self.batch]
-                seen = zlib.crc32("\0".join(row["query_id"] for row in batch if row).encode())
-                yield [row and {**row, "stream": (*row["stream"], seen)} for row in batch]
+                digest = zlib.crc32("\0".join(row["query_id"] for row in batch if row).encode())
+                yield [
+                    row and {**row, "stream_position": row["stream_position"]._replace(digest=digest)} for row in batch
+                ]
         if not steps:
             raise TrainingError(f"the stream holds less than one step of {self.step} groups: no dataloader_drop_last")
 
@@ -165,8 +168,7 @@ def usable_rows(stream: Iterable[Row], epoch: int, asked: Collection[str] = (), 
         distil: Whether the scores will be used, and must not be infinite.
 
     Returns:
-        Rows with their ``epoch``, and with ``stream``: the epoch, and how many rows of the pass were
-        read, left out for having no positive and no negative, and are asked in evaluations, up to here.
+        Rows with their ``epoch`` and their ``stream_position``, a :class:`StreamPosition`.
 
     Raises:
         GroupsError: A row is no group.
@@ -176,6 +178,10 @@ def usable_rows(stream: Iterable[Row], epoch: int, asked: Collection[str] = (), 
         stream.set_epoch(epoch)
     read = no_positive = no_negative = shared = 0
     held: Row | None = None
+
+    def position() -> StreamPosition:
+        return StreamPosition(epoch, read, no_positive, no_negative, shared)
+
     for row in _rows(stream):
         group = _group(row, read, distil)
         read += 1
@@ -188,7 +194,7 @@ def usable_rows(stream: Iterable[Row], epoch: int, asked: Collection[str] = (), 
         else:
             if held is not None:
                 yield held
-            held = {**group, "epoch": epoch, "stream": (epoch, read, no_positive, no_negative, shared)}
+            held = {**group, "epoch": epoch, "stream_position": position()}
     if held is None and not read:
         again = f" on pass {epoch + 1}: it must start over each time it is iterated" if epoch else ""
         raise TrainingError(f"the stream gave no row{again}")
@@ -198,7 +204,7 @@ def usable_rows(stream: Iterable[Row], epoch: int, asked: Collection[str] = (), 
             "negative"
         )
     # The last one also tells of those after it.
-    yield {**held, "stream": (epoch, read, no_positive, no_negative, shared)}
+    yield {**held, "stream_position": position()}
 
 
 def _normalized(query: str) -> str:
@@ -262,20 +268,22 @@ class StreamWatch(TrainerCallback):  # type: ignore[misc]
         self.counts: dict[str, int] = {}
         self.told = False
 
-    def see(self, batches: list[dict[str, Any]], accelerator: Any) -> dict[str, int]:
+    def see(self, batches: list[Batch], accelerator: Any) -> dict[str, int]:
         """Take in a step, and return the counts of the pass.
 
         Args:
-            batches: This rank's, each with the ``stream`` of its last row, if it has one.
+            batches: This rank's.
             accelerator: Joins the ranks.
 
         Raises:
             TrainingError: The ranks read different rows.
         """
-        told = [batch.get("stream") for batch in batches]
-        last = next((some for some in reversed(told) if some), (-1,) * 6)
-        first = told[0][-1] if told and told[0] else -1
-        ranks = accelerator.gather(torch.tensor([[*last[:-1], first]], device=accelerator.device)).tolist()
+        positions = [batch.stream_position for batch in batches]
+        nowhere = StreamPosition(*[-1] * 6)
+        last = next((position for position in reversed(positions) if position), nowhere)
+        first = (positions[0] if positions else None) or nowhere
+        own = last._replace(digest=first.digest)
+        ranks = accelerator.gather(torch.tensor([own], device=accelerator.device)).tolist()
         if len({seen for *_, seen in ranks} - {-1}) > 1:
             raise TrainingError(
                 "the ranks read different rows of the stream: pass it whole, not split by node, and shuffle it with a "

@@ -1,11 +1,11 @@
 """LCETrainer: ``transformers.Trainer`` that learns to rank from groups."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl, set_seed
@@ -17,6 +17,7 @@ from lce_trainer.evaluation.metrics import mean_over_sets
 from lce_trainer.model.adapters import add_adapters, keep_trainable
 from lce_trainer.model.loading import configure_pairs, load_model, load_tokenizer
 from lce_trainer.model.packed.packing import disable_packing, enable_packing, packed_scores, packs, padded_scores
+from lce_trainer.model.pairs import EncodedPairs
 from lce_trainer.model.saving import save_cross_encoder_files, set_scoring_config
 from lce_trainer.training import saving
 from lce_trainer.training.arguments import LCETrainingArguments, show_messages
@@ -36,7 +37,7 @@ from lce_trainer.training.forecast import TellForecast
 from lce_trainer.training.loss import group_losses
 from lce_trainer.training.monitor import LearningWatch, Tally, curves
 from lce_trainer.training.sampling import EpochCount, GroupSampler, group_sampler
-from lce_trainer.training.step import cut_step, gather_scores, run_step
+from lce_trainer.training.step import Pass, cut_step, run_step
 from lce_trainer.training.streaming import StreamWatch, is_stream, training_rows
 
 
@@ -164,9 +165,22 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         """As :meth:`get_eval_dataloader`."""
         return self.get_eval_dataloader(test_dataset)
 
-    def _prepare_input(self, data: Any) -> Any:
-        """To the device, and no more: for DeepSpeed transformers would round labels and teacher to half precision."""
-        return send_to_device(data, self.args.device)
+    def _prepare_inputs(self, inputs: Batch | Pass) -> Batch | Pass:
+        """Leave a batch on the host, from where what the model reads goes to the device, and as it is.
+
+        For DeepSpeed transformers would round labels and teacher's scores to half precision.
+        """
+        return inputs
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Estimate the operations of a step as transformers does, for the tokens that there are."""
+        return 6 * int(inputs.pairs.lengths.sum()) * int(self.model.num_parameters(exclude_embeddings=True))
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """Count the tokens of all ranks; none of them is padding."""
+        if self.args.include_num_input_tokens_seen != "no":
+            tokens = torch.tensor(int(inputs.pairs.lengths.sum()), device=self.args.device)
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
 
     # ---- loss
 
@@ -179,7 +193,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         """Groups in the whole optimizer step, over accumulated batches and ranks."""
         if is_stream(self.train_dataset):
             self.counts = self.stream_watch.see(batch_samples, self.accelerator)
-        groups = sum(len(batch["group_sizes"]) for batch in batch_samples)
+        groups = sum(len(batch.group_sizes) for batch in batch_samples)
         total: Tensor = self.accelerator.reduce(torch.tensor(float(groups), device=device), reduction="sum")
         return total / self._share[1]
 
@@ -196,19 +210,18 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         loss = run_step(
             self.accelerator,
             model,
-            cut_step(
-                self._prepare_inputs(inputs), self.args.micro_batch_size, *self._share, self.args.micro_batch_tokens
-            ),
-            score=lambda chunk: self._scores(model, chunk),
-            loss_of=lambda scores, part: self._loss(scores, part, num_items_in_batch)[0],
-            backward=lambda chunk: step(model, chunk, num_items_in_batch),
+            cut_step(inputs, self.args.micro_batch_size, *self._share, self.args.micro_batch_tokens),
+            score=lambda pairs, is_counted: self._scores(model, pairs, is_counted),
+            loss_of=lambda scores, batch: self._loss(scores, batch, num_items_in_batch)[0],
+            backward=lambda one: step(model, one, num_items_in_batch),
+            is_shared=self._share[1] > 1,
         )
         return loss / self._share[1]  # those that share groups have all computed the whole loss
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Batch,
+        inputs: Batch | Pass,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -216,58 +229,57 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
         Args:
             model: As wrapped for training.
-            inputs: What :class:`GroupCollator` made, or a chunk of it.
-            return_outputs: Also return the scores, shape ``(groups, width)``.
+            inputs: What :class:`GroupCollator` made, or one pass of a step that was cut.
+            return_outputs: Also return the scores of a batch, shape ``(groups, width)``.
             num_items_in_batch: Groups of the step; those of this batch on all ranks if None.
 
         Raises:
             TrainingError: A loss is NaN or Inf; names the queries.
         """
+        if isinstance(inputs, Pass):
+            return inputs.loss(self._scores(model, inputs.pairs, inputs.is_counted))
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        scores = self._scores(model, inputs)
-        if "score_gradient" in inputs:  # the loss is known, and this is what it leaves to do
-            surrogate: Tensor = (scores * inputs["score_gradient"]).sum()
-            return surrogate
-        if not inputs["group_sizes"]:  # a batch that only keeps this rank in step with the others
-            loss = scores.sum() * 0
-            return (loss, scores) if return_outputs else loss
-        loss, grid = self._loss(scores, inputs, num_items_in_batch)
+        scores = self._scores(model, inputs.pairs, bool(len(inputs.group_sizes)))
+        if len(inputs.group_sizes):
+            loss, grid = self._loss(scores, inputs, num_items_in_batch)
+        else:  # a batch that only keeps this rank in step with the others
+            loss, grid = scores.sum() * 0, scores.new_zeros(0, 0)
         return (loss, grid) if return_outputs else loss
 
-    def _loss(self, scores: Tensor, inputs: Batch, num_items_in_batch: Tensor | int) -> tuple[Tensor, Tensor]:
+    def _loss(self, scores: Tensor, batch: Batch, num_items_in_batch: Tensor | int) -> tuple[Tensor, Tensor]:
         """What the pairs' scores cost, and the scores by group, shape ``(groups, width)``."""
-        mask, target = inputs["mask"], inputs["target"]
-        if "places" in inputs:
-            scores = gather_scores(self.accelerator, scores, inputs, self._share[1] > 1)
-        grid = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask, scores)
-        losses = self._group_losses(grid, inputs)
-        check_finite(losses.detach(), inputs["query_ids"], self.state.global_step + 1, self._get_learning_rate)
+        grid = batch.by_group(scores)
+        mask, target = (part.to(grid.device, non_blocking=True) for part in (batch.mask, batch.target))
+        teacher = batch.by_group(batch.teacher_scores, math.nan).to(grid.device, non_blocking=True)
+        losses = self._group_losses(grid, target, mask, teacher)
+        check_finite(losses.detach(), batch.query_ids, self.state.global_step + 1, self._get_learning_rate)
         with torch.no_grad():
-            guessing = self._group_losses(torch.zeros_like(grid), inputs)
+            guessing = self._group_losses(torch.zeros_like(grid), target, mask, teacher)
             if not self._share[0]:  # of those that share groups one counts them
                 self.tally.add_groups(grid.detach(), mask, target, losses.detach(), guessing)
+                tokens, cut = int(batch.pairs.lengths.sum()), int(batch.is_cut.sum())
+                self.tally.add_counts(pairs=len(batch.labels), tokens=tokens, cut_pairs=cut)
         # Ranks average their gradients, so a sum over ranks is wanted back.
         return losses.sum() * (self.accelerator.num_processes / num_items_in_batch), grid
 
-    def _group_losses(self, grid: Tensor, inputs: Batch) -> Tensor:
+    def _group_losses(self, grid: Tensor, target: Tensor, mask: Tensor, teacher: Tensor) -> Tensor:
         """Loss of each group, shape ``(groups,)``."""
         args = self.args
-        distillation = (args.distillation_weight, args.distillation_temperature)
-        return group_losses(grid, inputs["target"], inputs["mask"], inputs["teacher"], args.temperature, *distillation)
+        return group_losses(
+            grid, target, mask, teacher, args.temperature, args.distillation_weight, args.distillation_temperature
+        )
 
-    def _scores(self, model: nn.Module, inputs: Batch) -> Tensor:
+    def _scores(self, model: nn.Module, pairs: EncodedPairs, is_counted: bool = True) -> Tensor:
         """Logit of each pair, shape ``(pairs,)``, in one graph."""
-        lengths = inputs["lengths"]
-        tokens = int(lengths.sum())
-        tensors = {name: inputs[name] for name in self.processing_class.model_input_names if name in inputs}
+        device = self.args.device
         if packs(self.model):
-            scores, run = packed_scores(model, tensors, lengths, self.model.config), tokens
+            scores, tokens = packed_scores(model, pairs, self.model.config, device), int(pairs.lengths.sum())
         else:
-            multiple = self.args.pad_to_multiple_of or 1
-            scores, run = padded_scores(model, tensors, lengths, self.model, self._bucket_overhead, multiple)
-        if inputs["group_sizes"]:
-            self.tally.add_counts(pairs=len(lengths), tokens=tokens, padded_tokens=run, cut_pairs=inputs["cut_pairs"])
+            padding = (self._bucket_overhead, self.args.pad_to_multiple_of)
+            scores, tokens = padded_scores(model, pairs, self.model, self.processing_class, device, *padding)
+        if is_counted:
+            self.tally.add_counts(padded_tokens=tokens)
         return scores
 
     # ---- logs

@@ -1,7 +1,9 @@
 """Tiny models of every family that packs, and a batch of ragged pairs."""
 
 import copy
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
@@ -17,6 +19,8 @@ from transformers import (
     RobertaConfig,
     XLMRobertaConfig,
 )
+
+from lce_trainer.model.pairs import EncodedPairs
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 SMALL |= {"max_position_embeddings": 64, "num_labels": 1, "pad_token_id": 0}
@@ -86,6 +90,15 @@ def make_model(family: str, dtype: torch.dtype = torch.float64):
         for parameter in model.parameters():
             parameter.mul_(3) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def flat(batch: dict[str, torch.Tensor], lengths: Sequence[int] = LENGTHS) -> EncodedPairs:
+    """The pairs of a padded batch, without the padding."""
+    sizes = np.array(lengths)
+    real = np.arange(batch["input_ids"].shape[1]) < sizes[:, None]
+    return EncodedPairs(
+        sizes, {name: tensor.numpy()[real] for name, tensor in batch.items() if name != "attention_mask"}
+    )
 
 
 def make_batch(model) -> dict[str, torch.Tensor]:

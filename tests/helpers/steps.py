@@ -1,5 +1,6 @@
 """Gradients of a step, and the step written plainly."""
 
+import numpy as np
 import torch
 from datasets import Dataset
 
@@ -17,15 +18,14 @@ def one_graph(trainer, batch) -> torch.Tensor:
     loss = torch.zeros(())
     later = []  # parts of one chunk run after those that are cached
     for part in cut_step(batch, trainer.args.micro_batch_size):
-        if len(part) == 1:
-            later += part
+        if len(part.chunks) == 1:
+            later.append(part.batch)
             continue
-        places = torch.cat([chunk["places"] for chunk in part])
-        scores = torch.cat([trainer._scores(trainer.model, chunk) for chunk in part])
-        loss = loss + trainer._loss(scores, {**part[0], "places": places}, len(batch["group_sizes"]))[0]
+        rows = np.concatenate([chunk.rows for chunk in part.chunks])
+        scores = torch.cat([trainer._scores(trainer.model, chunk.pairs) for chunk in part.chunks])
+        loss = loss + trainer._loss(scores[np.argsort(rows)], part.batch, len(batch.group_sizes))[0]
     for part in later:
-        scores = trainer._scores(trainer.model, part)
-        loss = loss + trainer._loss(scores, part, len(batch["group_sizes"]))[0]
+        loss = loss + trainer._loss(trainer._scores(trainer.model, part.pairs), part, len(batch.group_sizes))[0]
     return loss
 
 

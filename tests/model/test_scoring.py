@@ -52,7 +52,7 @@ def test_a_window_is_scored_before_the_next_is_read(reranker, monkeypatch):
 
     def score(batch):
         scored.append(read)
-        return torch.zeros(len(batch["input_ids"]))
+        return torch.zeros(len(batch))
 
     assert score_pairs(score, reranker.tokenizer, pairs(), 64, 10_000).shape == (17,)
     assert scored == [5, 10, 15, 17]
@@ -63,7 +63,7 @@ def test_memory_does_not_grow_with_the_pairs(reranker, monkeypatch):
     monkeypatch.setattr(module, "WINDOW", 250)
 
     def zeros(batch):
-        return torch.zeros(len(batch["input_ids"]))
+        return torch.zeros(len(batch))
 
     def peak(n):
         tracemalloc.start()

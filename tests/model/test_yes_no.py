@@ -11,6 +11,7 @@ from helpers.tiny_models import ASKING, tiny_language_model, tiny_model, tiny_to
 from lce_trainer.errors import TrainingError
 from lce_trainer.hub.contents import model_repo
 from lce_trainer.model.loading import load_model, load_tokenizer, pairing_tokenizer
+from lce_trainer.model.pairs import pad_pairs
 from lce_trainer.model.reranker import Reranker
 from lce_trainer.model.scoring import scoring_batches
 from lce_trainer.model.template import pair_template
@@ -76,7 +77,8 @@ def test_a_score_is_the_logit_of_yes_less_that_of_no(family):
     prepared(model, tokenizer, None)
     yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
     assert answers_of(model) == (yes, no) and yes != no
-    for rows, batch in scoring_batches(tokenizer, pairs_of_all_lengths(), 160, 4000):
+    for rows, pairs in scoring_batches(tokenizer, pairs_of_all_lengths(), 160, 4000):
+        batch = pad_pairs(tokenizer, pairs)
         with torch.no_grad():
             scores = pair_logits(model, batch, model)
             for row in range(len(rows)):
@@ -91,7 +93,8 @@ def test_a_gradient_is_that_of_the_whole_head():
     model, tokenizer = tiny_language_model("llama"), tiny_tokenizer("llama")
     tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, ASKING
     prepared(model, tokenizer, None)
-    (_, batch), *_ = scoring_batches(tokenizer, pairs_of_all_lengths()[:4], 160, 4000)
+    (_, pairs), *_ = scoring_batches(tokenizer, pairs_of_all_lengths()[:4], 160, 4000)
+    batch = pad_pairs(tokenizer, pairs)
     pair_logits(model, batch, model).sum().backward()
     head = model.lm_head.weight
     got, head.grad = head.grad.clone(), None
@@ -107,7 +110,8 @@ def test_a_rounded_model_gives_a_score_that_is_not_rounded_twice():
     model, tokenizer = tiny_language_model("qwen3").bfloat16().eval(), tiny_tokenizer("qwen3")
     tokenizer.chat_template = ASKING
     prepared(model, tokenizer, None)
-    (_, batch), *_ = scoring_batches(tokenizer, pairs_of_all_lengths()[:8], 160, 4000)
+    (_, pairs), *_ = scoring_batches(tokenizer, pairs_of_all_lengths()[:8], 160, 4000)
+    batch = pad_pairs(tokenizer, pairs)
     with torch.no_grad():
         scores = pair_logits(model, batch, model)
     assert scores.dtype == torch.float32
@@ -163,7 +167,8 @@ def test_a_language_model_gets_a_new_head_unless_it_is_to_answer(tmp_path, caplo
 def test_a_reranker_can_be_given_a_new_head_all_the_same(published):
     model, tokenizer = prepared(published, None, False)
     assert type(model).__name__ == "Qwen3ForSequenceClassification" and answers_of(model) is None
-    (_, batch), *_ = scoring_batches(tokenizer, [("moon", "star")], 100, 1000)
+    (_, pairs), *_ = scoring_batches(tokenizer, [("moon", "star")], 100, 1000)
+    batch = pad_pairs(tokenizer, pairs)
     assert pair_logits(model, batch, model) == model(**batch).logits[:, 0]
 
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -13,6 +14,7 @@ from lce_trainer.model.packed.packing import packs
 from lce_trainer.model.reranker import Reranker
 from lce_trainer.training.arguments import LCETrainingArguments
 from lce_trainer.training.collator import GroupCollator
+from lce_trainer.training.step import Pass
 from lce_trainer.training.trainer import LCETrainer
 
 SIZES = {"group_size": 4, "max_length": 48, "max_query_length": 10}
@@ -48,7 +50,7 @@ def test_a_setting_that_would_have_no_effect_is_an_error(setting, tmp_path):
         ({"max_query_length": 12}, {}, "max_query_length=12, and args 10"),
         ({"seed": 7}, {}, "seed=7, and args 42"),
         ({}, {"data_seed": 7}, "seed=42, and args 7"),
-        ({"pad_to_multiple_of": 8}, {}, "pad_to_multiple_of=8, and args None"),
+        ({"curriculum_epochs": 3}, {}, "curriculum_epochs=3, and args None"),
         ({}, {"curriculum_epochs": 2}, "curriculum_epochs=None, and args 2"),
     ],
 )
@@ -94,9 +96,10 @@ def test_deepspeed_in_half_precision_leaves_labels_and_teacher_as_they_are(tmp_p
     trainer.is_deepspeed_enabled = True
     half = SimpleNamespace(dtype=lambda: torch.bfloat16)  # what transformers asks of accelerate's plugin
     monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", SimpleNamespace(hf_ds_config=half))
-    moved = trainer._prepare_inputs({**batch, "score_gradient": torch.full((3,), 1e-9)})
-    for name in ("teacher", "labels"):
-        assert moved[name].dtype == torch.float32
-        assert torch.equal(moved[name].nan_to_num(-1), batch[name].nan_to_num(-1))
-    assert moved["score_gradient"].dtype == torch.float32
-    assert moved["query_ids"] == batch["query_ids"] and moved["group_sizes"] == batch["group_sizes"]
+    moved = trainer._prepare_inputs(batch)
+    assert moved.labels.dtype == moved.teacher_scores.dtype == np.float32
+    wanted = trainer.data_collator(list(trainer.train_dataset))
+    np.testing.assert_array_equal(moved.labels, wanted.labels)
+    np.testing.assert_array_equal(moved.teacher_scores, wanted.teacher_scores)
+    one = Pass(batch.pairs, lambda scores: scores.sum() * 1e-9, is_counted=False)
+    assert trainer._prepare_inputs(one) is one

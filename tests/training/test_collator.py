@@ -1,16 +1,20 @@
 import itertools
 import math
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
-from helpers.tiny import build_tokenizer
+from helpers.tiny import build_tokenizer, ids_of_pairs
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.pairs import EncodedPairs, length_buckets, pad_pairs
-from lce_trainer.training.collator import GroupCollator, micro_batches, select_groups
+from lce_trainer.training.collator import GroupCollator, micro_batches
 from lce_trainer.training.sampling import EpochGroups, GroupSampler
 
 
@@ -36,30 +40,52 @@ def test_a_batch_holds_each_pair_as_the_tokenizer_makes_it():
     pairs = [("what is the moon", p) for p in ("moon", "river river", "tree")]
     pairs += [("why burns wood", p) for p in ("fire burns", "snow falls on the hill")]
     expected = tokenizer([q for q, _ in pairs], [p for _, p in pairs], padding=True, return_tensors="pt")
+    padded = pad_pairs(tokenizer, batch.pairs)
     for name in ("input_ids", "token_type_ids", "attention_mask"):
-        assert torch.equal(batch[name], expected[name]), name
-    assert batch["mask"].tolist() == [[True, True, True], [True, True, False]]
-    assert batch["labels"].tolist() == [[1, 0, 0], [1, 0, 0]]
-    assert batch["target"].tolist() == [0, 0]
-    assert batch["group_sizes"] == [3, 2]
-    assert batch["lengths"].tolist() == expected["attention_mask"].sum(1).tolist()
-    assert batch["query_ids"] == ["what is the moon", "why burns wood"]
-    assert batch["cut_pairs"] == 0
+        assert torch.equal(padded[name], expected[name]), name
+    assert batch.mask.tolist() == [[True, True, True], [True, True, False]]
+    assert batch.labels.tolist() == [1, 0, 0, 1, 0]
+    assert batch.by_group(batch.labels).tolist() == [[1, 0, 0], [1, 0, 0]]
+    assert batch.target.tolist() == [0, 0]
+    assert batch.group_sizes.tolist() == [3, 2]
+    assert batch.pairs.lengths.tolist() == expected["attention_mask"].sum(1).tolist()
+    assert batch.query_ids == ("what is the moon", "why burns wood")
+    assert not batch.is_cut.any() and len(batch.is_cut) == 5
+
+
+def test_a_batch_holds_no_padding_and_passes_through_data_loaders_as_it_is():
+    """Nothing of it is on a device, so neither pinning nor sending to a device changes it; and it cannot be changed."""
+    batch = collator()(ROWS)
+    assert all(len(values) == batch.pairs.lengths.sum() for values in batch.pairs.inputs.values())
+    assert send_to_device(batch, "meta") is batch and pin_memory(batch) is batch
+    loader = Accelerator(cpu=True).prepare(DataLoader(ROWS, 2, collate_fn=collator()))
+    assert [made.query_ids for made in loader] == [("what is the moon", "why burns wood"), ("red fish",)]
+    with pytest.raises(FrozenInstanceError):
+        batch.labels = batch.labels
+
+
+def test_scores_by_group_keep_their_gradient():
+    batch = collator()(ROWS[:2])
+    scores = torch.arange(1.0, 6, requires_grad=True)
+    grid = batch.by_group(scores)
+    assert grid.tolist() == [[1, 2, 3], [4, 5, 0]]
+    (grid * torch.tensor([[1.0, 2, 3], [4, 5, 6]])).sum().backward()
+    assert scores.grad.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_teacher_scores_follow_their_passages_and_unknown_ones_are_nan():
-    teacher = collator()(ROWS[:2])["teacher"]
-    assert teacher[0, :2].tolist() == pytest.approx([0.9, 0.1])
-    assert teacher[0, 2].isnan() and teacher[1].isnan().all()
+    teacher = collator()(ROWS[:2]).teacher_scores
+    assert teacher[:2].tolist() == pytest.approx([0.9, 0.1])
+    assert len(teacher) == 5 and np.isnan(teacher[2:]).all()
 
 
 def test_a_large_group_shows_its_positive_and_other_negatives_each_epoch():
     seen = []
     for epoch in range(2):
         batch = collator()([{**ROWS[2], "epoch": epoch}])
-        assert batch["group_sizes"] == [4]
-        assert batch["labels"].tolist() == [[1, 0, 0, 0]]
-        seen.append({tuple(ids) for ids in batch["input_ids"][1:].tolist()})
+        assert batch.group_sizes.tolist() == [4]
+        assert batch.labels.tolist() == [1, 0, 0, 0]
+        seen.append({tuple(ids) for ids in ids_of_pairs(batch.pairs)[1:]})
     assert seen[0] != seen[1]
 
 
@@ -67,11 +93,11 @@ def test_truncation_keeps_the_query_and_every_separator():
     tokenizer = build_tokenizer()
     query, passage = "what is the moon", " ".join(["river"] * 60)
     batch = collator(max_length=16)([group(query, [passage, "tree"], [1, 0])])
-    ids = batch["input_ids"][0].tolist()
+    ids = ids_of_pairs(batch.pairs)[0]
     assert len(ids) == 16
     assert ids[:6] == tokenizer(query)["input_ids"]
     assert ids.count(tokenizer.sep_token_id) == 2 and ids[-1] == tokenizer.sep_token_id
-    assert batch["cut_pairs"] == 1
+    assert batch.is_cut.tolist() == [True, False]
 
 
 def test_a_query_is_cut_at_its_own_limit_only():
@@ -79,27 +105,28 @@ def test_a_query_is_cut_at_its_own_limit_only():
     query = " ".join(["what", "is", "the"] * 10)
     batch = collator(max_length=16, max_query_length=5)([group(query, ["moon", "river"], [1, 0])])
     head = tokenizer.convert_tokens_to_ids(["what", "is", "the", "what", "is"])
-    assert batch["input_ids"][0].tolist()[1:7] == [*head, tokenizer.sep_token_id]
-    assert tokenizer.convert_tokens_to_ids("moon") in batch["input_ids"][0].tolist()
-    assert batch["cut_pairs"] == 2
+    assert ids_of_pairs(batch.pairs)[0][1:7] == [*head, tokenizer.sep_token_id]
+    assert tokenizer.convert_tokens_to_ids("moon") in ids_of_pairs(batch.pairs)[0]
+    assert batch.is_cut.all()
 
 
 def test_places_without_a_row_are_left_out_and_none_at_all_leave_one_empty_pair():
     batch = collator()([ROWS[0], None])
-    assert batch["group_sizes"] == [3]
-    empty = collator()([None, None])
-    assert empty["group_sizes"] == [] and len(empty["mask"]) == 0 and len(empty["target"]) == 0
-    assert empty["input_ids"].shape == (1, 3)
+    assert batch.group_sizes.tolist() == [3]
+    for empty in (collator()([None, None]), batch.take([])):
+        assert len(empty.group_sizes) == len(empty.mask) == len(empty.target) == len(empty.labels) == 0
+        assert len(empty.teacher_scores) == len(empty.is_cut) == len(empty.query_ids) == 0
+        assert len(empty.pairs) == 1 and empty.pairs.lengths[0] >= 3
 
 
 def test_padded_lengths_round_up():
-    assert collator(pad_to_multiple_of=8)(ROWS)["input_ids"].shape[1] % 8 == 0
+    assert pad_pairs(build_tokenizer(), collator()(ROWS).pairs, multiple=8)["input_ids"].shape[1] % 8 == 0
 
 
 def test_workers_that_live_through_epochs_draw_what_one_process_draws():
     groups = Dataset.from_list([{**ROWS[2], "query_id": f"q{i}"} for i in range(6)])
 
-    def two_epochs(workers: int) -> list[torch.Tensor]:
+    def two_epochs(workers: int) -> list[list[list[int]]]:
         epoch = 0
         loader = DataLoader(
             EpochGroups(groups),
@@ -111,12 +138,12 @@ def test_workers_that_live_through_epochs_draw_what_one_process_draws():
         )
         batches = []
         for epoch in range(2):  # noqa: B007
-            batches += [batch["input_ids"] for batch in loader]
+            batches += [ids_of_pairs(batch.pairs) for batch in loader]
         return batches
 
     alone, many = two_epochs(0), two_epochs(2)
-    assert all(torch.equal(a, b) for a, b in zip(alone, many, strict=True))
-    assert not all(torch.equal(a, b) for a, b in itertools.pairwise(alone))
+    assert alone == many
+    assert not all(a == b for a, b in itertools.pairwise(alone))
 
 
 @pytest.mark.parametrize(
@@ -133,14 +160,10 @@ def test_settings_that_cannot_work_are_errors(settings, message):
 
 def test_selected_groups_make_the_batch_they_would_make_alone():
     batch = collator()(ROWS)
-    part, alone = select_groups(batch, [2, 0]), collator()([ROWS[2], ROWS[0]])
-    assert part["group_sizes"] == alone["group_sizes"] and part["query_ids"] == alone["query_ids"]
-    assert part["lengths"].tolist() == alone["lengths"].tolist()
-    for name in ("mask", "labels", "target"):
-        width = alone[name].shape[-1]
-        assert torch.equal(part[name][..., :width], alone[name]), name
-    width = alone["input_ids"].shape[1]
-    assert torch.equal(part["input_ids"][:, :width], alone["input_ids"])
+    part, alone = batch.take([2, 0]), collator()([ROWS[2], ROWS[0]])
+    assert part.query_ids == alone.query_ids and ids_of_pairs(part.pairs) == ids_of_pairs(alone.pairs)
+    for name in ("labels", "teacher_scores", "is_cut", "group_sizes"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(alone, name), err_msg=name)
 
 
 def test_micro_batches_keep_to_a_number_of_tokens():

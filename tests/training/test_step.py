@@ -7,17 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from helpers.backbones import make_trainer as make_trainer_of
 from helpers.paths import ROOT
 from helpers.steps import gradients, one_graph
-from helpers.tiny import build_model
+from helpers.tiny import build_model, ids_of_pairs
 from helpers.tiny_models import ASKING, DECODERS, FAMILIES, tiny_language_model, tiny_model, tiny_tokenizer
 from helpers.trainers import assert_same, lively_model, make_groups, make_trainer, weights
 from lce_trainer.errors import TrainingError
-from lce_trainer.training.step import cache_gradients, cut_step, idle_chunk
+from lce_trainer.training.step import cache_gradients, cut_step
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "scaled"])
@@ -54,13 +55,14 @@ def test_the_gradient_by_a_score_in_half_precision_is_neither_rounded_nor_lost(d
     (part,) = cut_step(trainer.data_collator(list(trainer.train_dataset)), 1)[:1]
     weight = 1.2345678e-9
 
-    def score(chunk):
-        return torch.ones(len(chunk["lengths"]), dtype=dtype)
+    def score(pairs, is_counted):
+        return torch.ones(len(pairs), dtype=dtype)
 
-    ready, _ = cache_gradients(part, score, lambda scores, whole: scores.double().sum() * weight)
-    for chunk in ready:
+    passes, _ = cache_gradients(trainer.accelerator, part, score, lambda scores, batch: scores.double().sum() * weight)
+    assert len(passes) == len(part.batch.labels)
+    for one in passes:
         wide = torch.promote_types(dtype, torch.float32)
-        assert torch.equal(chunk["score_gradient"], torch.tensor([weight], dtype=wide))
+        assert torch.equal(one.loss(torch.ones(1, dtype=wide)), torch.tensor(weight, dtype=wide))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *[f"{family} that answers" for family in DECODERS]])
@@ -73,7 +75,7 @@ def test_with_dropout_on_the_gradient_is_that_of_one_graph_for_every_family(fami
     model = (tiny_language_model if answers else tiny_model)(family, dropout=0.3)
     trainer = make_trainer_of(family, tmp_path, model, tokenizer, micro_batch_size=2)
     batch = trainer.data_collator(list(trainer.train_dataset))
-    assert max(batch["group_sizes"]) == 4 and min(batch["group_sizes"]) == 2
+    assert max(batch.group_sizes) == 4 and min(batch.group_sizes) == 2
     steps = {
         "one graph": lambda: one_graph(trainer, batch).backward(),
         "cached": lambda: trainer.training_step(model, batch),
@@ -95,10 +97,10 @@ def test_dropout_is_drawn_anew_for_each_chunk_and_again_alike(tmp_path):
     trainer = make_trainer(tmp_path, make_groups(4), dropout=0.3, group_size=6, micro_batch_size=3)
     batch = trainer.data_collator(list(trainer.train_dataset))
     parts = cut_step(batch, 3)
-    cached = sum(len(part) for part in parts if len(part) > 1)
-    assert cached >= 4 and [part for part in parts if len(part) == 1] != []
+    cached = sum(len(part.chunks) for part in parts if len(part.chunks) > 1)
+    assert cached >= 4 and any(len(part.chunks) == 1 for part in parts)
     seen, score = [], trainer._scores
-    trainer._scores = lambda model, chunk: seen.append(torch.get_rng_state()) or score(model, chunk)
+    trainer._scores = lambda model, *chunk: seen.append(torch.get_rng_state()) or score(model, *chunk)
     trainer.training_step(trainer.model, batch, 4)
     first, second, rest = seen[:cached], seen[cached : 2 * cached], seen[2 * cached :]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(first + rest, 2))
@@ -109,9 +111,9 @@ def test_dropout_is_drawn_anew_for_each_chunk_and_again_alike(tmp_path):
 def test_a_chunk_keeps_to_its_tokens_unless_one_pair_has_more(tokens, tmp_path):
     trainer = make_trainer(tmp_path, make_groups(8), group_size=6)
     batch = trainer.data_collator([{**row, "epoch": 0} for row in trainer.train_dataset])
-    chunks = list(itertools.chain(*cut_step(batch, None, tokens=tokens)))
-    assert all(sum(chunk["lengths"]) <= tokens or len(chunk["lengths"]) == 1 for chunk in chunks)
-    assert sum(len(chunk["lengths"]) for chunk in chunks) == len(batch["lengths"])
+    chunks = [chunk.pairs for part in cut_step(batch, None, tokens=tokens) for chunk in part.chunks]
+    assert all(chunk.lengths.sum() <= tokens or len(chunk) == 1 for chunk in chunks)
+    assert sum(map(len, chunks)) == len(batch.pairs)
 
 
 def test_what_is_logged_is_counted_once(tmp_path):
@@ -154,25 +156,23 @@ def test_ranks_cut_a_step_alike_and_every_pair_goes_through_once(pairs, ranks, t
     trainer = make_trainer(tmp_path, make_groups(4), group_size=6)
     batch = trainer.data_collator(list(trainer.train_dataset))
     cuts = [cut_step(batch, pairs, rank, ranks) for rank in range(ranks)]
-    assert len({tuple(map(len, parts)) for parts in cuts}) == 1
+    assert len({tuple(len(part.chunks) for part in parts) for parts in cuts}) == 1
     texts = []
     for of_ranks in zip(*cuts, strict=True):
-        chunks = list(itertools.chain(*of_ranks))
-        size = sum(chunks[0]["group_sizes"])
-        places = [chunk.get("places", torch.arange(size)).tolist() for chunk in chunks]
-        assert sorted(itertools.chain(*places)) == list(range(size))
-        for chunk, rows in zip(chunks, places, strict=True):
-            assert chunk["query_ids"] == chunks[0]["query_ids"]
-            assert pairs is None or len(chunk["lengths"]) <= pairs
-            assert len(chunk["lengths"]) == len(chunk["input_ids"]) == max(len(rows), 1)
-            texts += [tuple(ids.tolist()) for ids in chunk["input_ids"][: len(rows)]]
-    assert sorted(texts) == sorted(tuple(ids.tolist()) for ids in batch["input_ids"])
+        assert len({part.batch.query_ids for part in of_ranks}) == 1
+        chunks = [chunk for part in of_ranks for chunk in part.chunks]
+        assert sorted(np.concatenate([chunk.rows for chunk in chunks])) == list(range(len(of_ranks[0].batch.labels)))
+        for chunk in chunks:
+            assert pairs is None or len(chunk.pairs) <= pairs
+            assert len(chunk.pairs) == max(len(chunk.rows), 1)
+            texts += ids_of_pairs(chunk.pairs)[: len(chunk.rows)]
+    assert sorted(texts) == sorted(ids_of_pairs(batch.pairs))
 
 
-def test_an_idle_chunk_adds_nothing(tmp_path):
+def test_a_batch_of_no_group_adds_nothing(tmp_path):
     trainer = make_trainer(tmp_path, make_groups(4), model=lively_model())
     batch = trainer.data_collator(list(trainer.train_dataset))
-    loss = trainer.training_step(trainer.model, idle_chunk(batch), 4)
+    loss = trainer.training_step(trainer.model, batch.take([]), 4)
     assert float(loss) == 0
     assert all(float(gradient.abs().max()) == 0 for gradient in gradients(trainer).values())
     assert trainer.tally.take(trainer.accelerator)["pairs"] == 0

@@ -18,9 +18,9 @@ from helpers.tiny_models import FAMILIES, tiny_config, tiny_tokenizer
 from helpers.token_ids import TRIPLETS, settings
 from lce_trainer.errors import TrainingError
 from lce_trainer.groups.convert import to_groups
-from lce_trainer.model.pairs import pair_layout
+from lce_trainer.model.pairs import EncodedPairs, pair_layout
 from lce_trainer.model.template import configure_template
-from lce_trainer.training.collator import GroupCollator
+from lce_trainer.training.collator import Batch, GroupCollator
 from lce_trainer.training.sampling import EpochGroups, GroupSampler
 from lce_trainer.training.streaming import training_rows
 from lce_trainer.training.token_ids import token_ids
@@ -58,15 +58,15 @@ def batches(tokenizer, args, workers: int = 0) -> list[dict]:
     return list(DataLoader(rows, 5, sampler=sampler, collate_fn=collator, num_workers=workers))
 
 
-def same(one: list[dict], other: list[dict]) -> bool:
+def same(one: list[Batch], other: list[Batch]) -> bool:
     def equal(a, b) -> bool:
         if isinstance(a, np.ndarray):
-            return a.dtype == b.dtype and np.array_equal(a, b)
-        return torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) if isinstance(a, torch.Tensor) else a == b
+            return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
+        return equal(vars(a), vars(b)) if isinstance(a, (Batch, EncodedPairs)) else a == b
 
-    return len(one) == len(other) and all(
-        a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a) for a, b in zip(one, other, strict=True)
-    )
+    return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,7 +77,7 @@ def test_kept_ids_make_the_batches_that_texts_make(family, tmp_path):
         tokenizer.pad_token = tokenizer.eos_token
     plain = batches(tokenizer, settings(tmp_path, pretokenize=False))
     assert same(plain, batches(tokenizer, settings(tmp_path, pretokenize=True)))
-    assert sum(batch["cut_pairs"] for batch in plain) > 0
+    assert sum(batch.is_cut.sum() for batch in plain) > 0
 
 
 def test_workers_make_the_same_batches_of_kept_ids(tmp_path):

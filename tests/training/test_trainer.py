@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from helpers.tiny import WORDS, build_model, build_tokenizer
+from helpers.tiny import WORDS, build_model, build_tokenizer, ids_of_pairs
 from helpers.trainers import easy_groups, make_groups, make_trainer, weights
 from lce_trainer.errors import GroupsError, TrainingError
 from lce_trainer.model.reranker import Reranker
@@ -52,7 +52,7 @@ def test_through_a_run_positives_take_turns_and_negatives_come_once_whatever_hap
         trainer, shown = make_trainer(tmp_path, groups, **run), []
         step = trainer.training_step
         trainer.training_step = lambda model, batch, groups, shown=shown, step=step: (
-            shown.append([(batch["query_ids"][0], tuple(ids.tolist())) for ids in batch["input_ids"]])
+            shown.append([(batch.query_ids[0], tuple(ids)) for ids in ids_of_pairs(batch.pairs)])
             or step(model, batch, groups)
         )
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -74,9 +74,10 @@ def test_through_a_run_positives_take_turns_and_negatives_come_once_whatever_hap
 def test_groups_without_scores_or_with_one_learn_from_their_labels(tmp_path):
     scored = make_trainer(tmp_path, make_groups(4), distillation_weight=0.7)
     batch = scored._prepare_inputs(scored.data_collator(list(scored.train_dataset)))
-    grid = torch.randn(batch["mask"].shape)
-    losses, labels_only = scored._group_losses(grid, batch), lce_loss(grid, batch["target"], batch["mask"], 1.0, "none")
-    known = (batch["mask"] & ~batch["teacher"].isnan()).sum(dim=1)
+    grid, teacher = torch.randn(batch.mask.shape), batch.by_group(batch.teacher_scores, np.nan)
+    losses = scored._group_losses(grid, batch.target, batch.mask, teacher)
+    labels_only = lce_loss(grid, batch.target, batch.mask, 1.0, "none")
+    known = (~teacher.isnan()).sum(dim=1)
     assert known.tolist() == [0, 4, 1, 0]
     assert ((losses == labels_only) == (known < 2)).all()
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from helpers.paths import ROOT, TESTS
 from helpers.reference_loss import reference_group
-from helpers.tiny import build_tokenizer
+from helpers.tiny import build_tokenizer, ids_of_pairs
 from helpers.trainers import DISTILLED, assert_same, easy_groups, lively_model, make_groups, make_trainer, weights
 from lce_trainer.training.collator import GroupCollator
 from lce_trainer.training.trainer import LCETrainer
@@ -88,12 +88,14 @@ def test_the_step_is_that_of_a_reference_written_in_plain_torch(settings, tmp_pa
     batch = trainer.data_collator([{**row, "epoch": 0} for row in trainer.train_dataset])
     trainer.train()
     total, first = torch.zeros(()), 0
-    for size, labels, told in zip(batch["group_sizes"], batch["labels"].tolist(), batch["teacher"], strict=True):
+    labels_by_group = batch.by_group(batch.labels).tolist()
+    teacher_by_group = batch.by_group(batch.teacher_scores, np.nan)
+    pairs = ids_of_pairs(batch.pairs)
+    for size, labels, told in zip(batch.group_sizes.tolist(), labels_by_group, teacher_by_group, strict=True):
         assert all(label < labels[0] for label in labels[1:size])
         scores = []
         for row in range(first, first + size):
-            ids = batch["input_ids"][row][: batch["lengths"][row]]
-            scores.append(reference(input_ids=ids[None]).logits[0, 0] / scale)
+            scores.append(reference(input_ids=torch.tensor([pairs[row]])).logits[0, 0] / scale)
         lce = torch.stack(scores).exp().sum().log() - scores[0]
         known = [i for i in range(size) if not told[i].isnan()]
         if weight and len(known) > 1:
@@ -270,7 +272,8 @@ def test_the_loss_of_half_precision_scores_is_computed_in_float32(rounded, tmp_p
         loss, grid = trainer.compute_loss(model, batch, return_outputs=True, num_items_in_batch=6)
     assert torch.equal(grid, grid.bfloat16().to(grid.dtype)) and loss.dtype == torch.float32
     wanted = 0.0
-    for row, labels, told, size in zip(grid, batch["labels"], batch["teacher"], batch["group_sizes"], strict=True):
+    by_group = (batch.by_group(batch.labels), batch.by_group(batch.teacher_scores, np.nan))
+    for row, labels, told, size in zip(grid, *by_group, batch.group_sizes.tolist(), strict=True):
         told = [None if score.isnan() else float(score) for score in told[:size]]
         wanted += reference_group(row.tolist()[:size], labels.tolist()[:size], 0, told, 0.6, 0.4, 0.3)[0] / 6
     assert loss.item() == pytest.approx(wanted, rel=1e-6)

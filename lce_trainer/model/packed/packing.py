@@ -11,14 +11,20 @@ always did.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -27,7 +33,7 @@ from lce_trainer.model.families import Patch, family_of, first_position
 from lce_trainer.model.loading import longest_input
 from lce_trainer.model.packed.attention import Packing, make_packing, packed_attention, places_in_pairs
 from lce_trainer.model.packed.cpu import Replacement, speed_up
-from lce_trainer.model.pairs import length_buckets
+from lce_trainer.model.pairs import EncodedPairs, length_buckets, pad_pairs, slice_indices
 from lce_trainer.model.yes_no import answer_scores, answers_of, pair_logits
 
 logger = logging.getLogger(__name__)
@@ -123,127 +129,114 @@ def _classifies(model: PreTrainedModel) -> bool:
     return type(model).__name__.endswith("ForSequenceClassification")
 
 
-def packed_scores(
+def batch_scores(
     model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    lengths: np.ndarray | Sequence[int],
-    config: PreTrainedConfig,
-    device: torch.device | None = None,
+    pairs: EncodedPairs,
+    unwrapped: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
 ) -> Tensor:
-    """Logit of each pair of a padded batch, by one packed forward pass.
+    """Compute the logit of each pair in one forward pass, packed if the model can.
+
+    Args:
+        model: The reranker; it may be wrapped for training.
+        pairs: What it scores.
+        unwrapped: The reranker itself.
+        tokenizer: The tokenizer, which says how pairs are padded.
+        device: The device the model is on.
+
+    Returns:
+        Logits, shape ``(pairs,)``.
+    """
+    if packs(unwrapped):
+        return packed_scores(model, pairs, unwrapped.config, device)
+    return pair_logits(model, send_to_device(pad_pairs(tokenizer, pairs), device), unwrapped)
+
+
+def packed_scores(model: nn.Module, pairs: EncodedPairs, config: PreTrainedConfig, device: torch.device) -> Tensor:
+    """Compute the logit of each pair by one packed forward pass.
 
     Args:
         model: That :func:`enable_packing` has seen; it may be wrapped for training since.
-        tensors: ``input_ids`` and whatever else the model takes of that shape, ``(pairs, width)``,
-            padded on the right.
-        lengths: Tokens of each pair.
+        pairs: What it scores.
         config: The model's.
-        device: Where the model is; where the tensors are if None.
+        device: The device the model is on.
 
     Returns:
-        Shape ``(pairs,)``.
+        Logits, shape ``(pairs,)``.
     """
-    device = tensors["input_ids"].device if device is None else device
-    filler = _filler(int(np.sum(lengths)), tensors["input_ids"].shape[1])
-    packed, order = pack_pairs(tensors, np.append(lengths, filler) if filler else lengths, config, device)
-    back = torch.as_tensor(np.argsort(order)[: len(lengths)]).to(device, non_blocking=True)
+    filler = _filler(int(pairs.lengths.sum()), int(pairs.lengths.max()))
+    packed, order = pack_pairs(pairs, config, device, filler)
+    back = torch.as_tensor(np.argsort(order)[: len(pairs)]).to(device, non_blocking=True)
     logits: Tensor = model(**packed).logits[:, 0]
     return logits[back]
 
 
-def batch_scores(
-    model: nn.Module, tensors: Mapping[str, Tensor], unwrapped: PreTrainedModel, device: torch.device
-) -> Tensor:
-    """Logit of each pair of a padded batch, packed if the model can.
-
-    Args:
-        model: The reranker; it may be wrapped for training.
-        tensors: Its inputs, ``attention_mask`` among them, on the host, where packing waits for no device.
-        unwrapped: The reranker itself.
-        device: Its.
-
-    Returns:
-        Shape ``(pairs,)``.
-    """
-    if packs(unwrapped):
-        lengths = tensors["attention_mask"].numpy().sum(axis=1)
-        return packed_scores(model, tensors, lengths, unwrapped.config, device)
-    return pair_logits(model, send_to_device(tensors, device), unwrapped)
-
-
 def padded_scores(
     model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    lengths: np.ndarray | Sequence[int],
+    pairs: EncodedPairs,
     unwrapped: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
     overhead: int,
-    multiple: int,
+    multiple: int | None = None,
 ) -> tuple[Tensor, int]:
-    """Logit of each pair, by padded forward passes over pairs alike in length.
+    """Compute the logit of each pair by padded forward passes over pairs alike in length.
 
     Args:
         model: Any reranker; it may be wrapped for training.
-        tensors: Its inputs, shape ``(pairs, width)``, padded on the right.
-        lengths: Tokens of each pair.
+        pairs: What it scores.
         unwrapped: The reranker itself.
+        tokenizer: The tokenizer, which says how pairs are padded.
+        device: The device the model is on.
         overhead: Tokens of padding that are worth one more pass.
         multiple: Round padded lengths up to a multiple of this.
 
     Returns:
-        Shape ``(pairs,)``; and the tokens of the passes, padding included.
+        Logits, shape ``(pairs,)``; and the tokens of the passes, padding included.
     """
-    width, device = tensors["input_ids"].shape[1], tensors["input_ids"].device
-    sizes = np.asarray(lengths)
-    buckets = length_buckets(sizes, overhead)
-    logits, padded = [], 0
+    buckets = length_buckets(pairs.lengths, overhead)
+    logits, tokens = [], 0
     for rows in buckets:
-        long = min(-(-int(sizes[rows].max()) // multiple) * multiple, width)
-        chosen = torch.as_tensor(rows, device=device)
-        logits.append(pair_logits(model, {name: tensor[chosen, :long] for name, tensor in tensors.items()}, unwrapped))
-        padded += len(rows) * long
+        inputs = pad_pairs(tokenizer, pairs.take(rows), multiple)
+        logits.append(pair_logits(model, send_to_device(inputs, device), unwrapped))
+        tokens += inputs["input_ids"].numel()
     back = torch.as_tensor(np.argsort(np.concatenate(buckets)), device=device)
-    return torch.cat(logits)[back], padded
+    return torch.cat(logits)[back], tokens
 
 
 def pack_pairs(
-    tensors: Mapping[str, Tensor],
-    lengths: np.ndarray | Sequence[int],
-    config: PreTrainedConfig,
-    device: torch.device,
+    pairs: EncodedPairs, config: PreTrainedConfig, device: torch.device, filler: int = 0
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """A padded batch as one packed row.
+    """Put pairs into one packed row, the shortest first.
+
+    The row is made on the host, so that it waits for no device.
 
     Args:
-        tensors: ``input_ids`` and whatever else the model takes of that shape, ``(pairs, width)``,
-            padded on the right.
-        lengths: Tokens of each pair; one more than there are pairs takes the first pair's tokens once more.
-        config: Of the model.
-        device: Where the row is to be.
+        pairs: What the row holds.
+        config: The model's.
+        device: The device the row goes to.
+        filler: Tokens of one more pair, which repeats tokens of the others; 0 for none.
 
     Returns:
         The model's inputs, each of shape ``(1, tokens)``, with the ``packing``; and the order of
-        the pairs in them: its logits are those of ``lengths[order]``.
+        the pairs in them: its logits are those of the pairs ``order``, the filler counted as the last.
     """
-    sizes = np.asarray(lengths)
+    sizes, starts = pairs.lengths, pairs.lengths.cumsum() - pairs.lengths
+    if filler:
+        sizes, starts = np.append(sizes, filler), np.append(starts, 0)
     order = np.argsort(sizes, kind="stable")
-    is_decoder = family_of(config).is_decoder
-    packing = make_packing(sizes[order], device, reads_last=is_decoder)
-    position = places_in_pairs(sizes[order])
-    held, width = tensors["input_ids"].device, tensors["input_ids"].shape[1]
-    rows = np.arange(len(sizes)) % len(tensors["input_ids"])
-    places = position + np.repeat(rows[order] * width, sizes[order])
-    there = None if held.type == "cpu" else torch.as_tensor(places).to(held, non_blocking=True)
-    inputs: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        if name != "attention_mask":
-            flat = tensor.reshape(-1)
-            # For so few numbers torch would wake all cores, which takes longer.
-            row = torch.from_numpy(flat.numpy()[places]) if there is None else flat[there]
-            inputs[name] = row[None].to(device, non_blocking=True)
-    inputs["position_ids"] = torch.as_tensor(position + first_position(config))[None].to(device, non_blocking=True)
+    family = family_of(config)
+    packing = make_packing(sizes[order], device, reads_last=family.is_decoder)
+    tokens = slice_indices(starts[order], sizes[order])
+    rows = {name: values[tokens].astype(np.int64) for name, values in pairs.inputs.items() if name != "attention_mask"}
+    rows["position_ids"] = places_in_pairs(sizes[order]) + first_position(config)
+    inputs: dict[str, Any] = {
+        name: torch.from_numpy(row)[None].to(device, non_blocking=True) for name, row in rows.items()
+    }
     # A mask of four dimensions is taken for a finished one, so none of tokens x tokens is made.
     inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
-    if is_decoder:
+    if family.is_decoder:
         inputs["use_cache"] = False
     return {**inputs, "packing": packing}, order
 
@@ -264,8 +257,8 @@ def _self_test(model: PreTrainedModel) -> str | None:
     """What is wrong with the packed scores of made-up pairs, if anything."""
     config = model.config
     longest = min(140, longest_input(model) or 140)  # more tokens than a window has
-    lengths = [3, 9, 9, longest]
-    real = np.arange(longest) < np.array(lengths)[:, None]
+    lengths = np.array([3, 9, 9, longest])
+    real = np.arange(longest) < lengths[:, None]
     pad = config.pad_token_id or 0
     words = np.random.default_rng(0).choice(np.delete(np.arange(config.vocab_size), pad), real.shape)
     inputs = {
@@ -276,7 +269,7 @@ def _self_test(model: PreTrainedModel) -> str | None:
     model.eval()
     try:
         padded = pair_logits(model, send_to_device(inputs, model.device), model)
-        packed = packed_scores(model, inputs, lengths, config, model.device)
+        packed = packed_scores(model, EncodedPairs(lengths, {"input_ids": words[real]}), config, model.device)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         return f"the packed forward failed ({' '.join(str(error).split())})"
     finally:

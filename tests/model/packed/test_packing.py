@@ -13,7 +13,7 @@ from transformers import (
     MPNetConfig,
 )
 
-from helpers.packed import CONFIGS, LENGTHS, SHIFTED, SMALL, STILL, make_batch, make_model
+from helpers.packed import CONFIGS, LENGTHS, SHIFTED, SMALL, STILL, flat, make_batch, make_model
 from helpers.tiny import WORDS, build_model
 from lce_trainer.model.packed.packing import _filler, disable_packing, enable_packing, pack_pairs, packs
 from lce_trainer.model.packed.packing import packed_scores as scores_of
@@ -21,8 +21,8 @@ from lce_trainer.model.yes_no import pair_logits, set_answer_ids
 
 
 def packed_scores(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    assert pack_pairs(batch, LENGTHS, model.config, model.device)[0]["input_ids"].shape == (1, sum(LENGTHS))
-    return scores_of(model, batch, LENGTHS, model.config)
+    assert pack_pairs(flat(batch), model.config, model.device)[0]["input_ids"].shape == (1, sum(LENGTHS))
+    return scores_of(model, flat(batch), model.config, model.device)
 
 
 def gradients(model, scores: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -163,7 +163,7 @@ def test_a_long_row_is_filled_up_and_the_filler_changes_nothing(family):
     assert enable_packing(model)
     rows = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, inputs, out: rows.append(tuple(out.shape[:2])))
-    packed = scores_of(model, batch, lengths, model.config)
+    packed = scores_of(model, flat(batch, lengths), model.config, model.device)
     hook.remove()
     assert rows == [(1, 1056)]
     check_equal(model, packed, padded, wanted)
