@@ -177,12 +177,12 @@ NAMES = (
     ),
     Name(
         "transformers.Trainer.push_in_progress",
-        "training.saving",
+        "training.trainer",
         "a checkpoint is not pushed while the one before it is",
     ),
     Name(
         "transformers.trainer_callback.CallbackHandler.on_evaluate",
-        "training.evaluate",
+        "training.trainer",
         "replaced while several sets are evaluated, so that callbacks count one evaluation",
         ("args", "state", "control", "metrics"),
     ),
@@ -205,7 +205,7 @@ NAMES = (
         "under DeepSpeed accelerate would take the optimizer's step with each backward pass",
         ("sync_gradients",),
     ),
-    Name("accelerate.Accelerator._models", "training.evaluate", "a model that is evaluated first is not yet prepared"),
+    Name("accelerate.Accelerator._models", "training.trainer", "a model that is evaluated first is not yet prepared"),
     Name(
         "accelerate.utils.FullyShardedDataParallelPlugin.transformer_cls_names_to_wrap",
         "distributed",

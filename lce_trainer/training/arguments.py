@@ -1,7 +1,9 @@
 """The settings of a training run: transformers' own, and the trainer's."""
 
+import json
 import logging
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -223,6 +225,12 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             for name, value in sorted(self.to_dict().items())
             if name in self._chosen - hidden and not name.endswith("_token")
         }
+
+    def save_public(self, folder: Path) -> None:
+        """Write :meth:`to_public_dict` as ``training_args.json``, in place of the pickle that transformers leaves."""
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        settings = json.dumps(self.to_public_dict(), indent=2, sort_keys=True, default=str)
+        (folder / "training_args.json").write_text(settings + "\n", encoding="utf-8")
 
     def __getstate__(self) -> dict[str, Any]:
         # transformers pickles its arguments beside every checkpoint, and pushes them.

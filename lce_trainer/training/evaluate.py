@@ -1,93 +1,20 @@
-"""Evaluation while training: every passage of every group is scored once, over all ranks.
-
-And what follows from it: which figure early stopping goes by, and that several sets are one evaluation.
-"""
+"""The figures of an evaluation while training, and which of them early stopping goes by."""
 
 import math
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from torch import nn
 from transformers import EarlyStoppingCallback
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
-from lce_trainer.compat import prepared_models
 from lce_trainer.errors import EvaluationError, TrainingError, shown
 from lce_trainer.evaluation.metrics import ranking_metrics
-from lce_trainer.model.packed.packing import batch_scores
-from lce_trainer.model.scoring import score_pairs, tokens_at_once
 from lce_trainer.training.arguments import DEFAULT_METRIC, LCETrainingArguments
 from lce_trainer.training.loss import lce_loss
 
 
-def measure_groups(trainer: Any, groups: datasets.Dataset, description: str, prefix: str) -> EvalLoopOutput:
-    """Rankings of all groups, and their figures; the same on every rank.
-
-    Args:
-        trainer: An ``LCETrainer``.
-        groups: Every passage of every group is ranked.
-        description: Of the progress bar.
-        prefix: Of the figures' names.
-    """
-    started = time.perf_counter()
-    model, args = _model_to_evaluate(trainer), trainer.args
-    labels = [np.asarray(row, dtype=np.float64) for row in groups["labels"]]
-    pairs = [(query, text) for query, texts in zip(groups["query"], groups["passages"], strict=True) for text in texts]
-    flat = score_pairs(
-        lambda batch: batch_scores(model, batch, trainer.model, trainer.processing_class, args.device),
-        trainer.processing_class,
-        pairs,
-        args.max_length,
-        tokens_at_once(args.eval_batch_tokens, args.device),
-        trainer.accelerator,
-        desc=description,
-        leave=False,
-        disable=args.disable_tqdm or not trainer.is_local_process_zero(),
-    )
-    scores = np.split(flat, np.cumsum([len(row) for row in labels])[:-1])
-    query_ids = groups["query_id" if "query_id" in groups.column_names else "query"]
-    metrics = group_metrics(scores, labels, args.temperature, query_ids)
-    if trainer.compute_metrics is not None:
-        metrics |= trainer.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
-    trainer.tally.pause(time.perf_counter() - started)
-    named = {f"{prefix}_{name}": value for name, value in metrics.items()}
-    return EvalLoopOutput(predictions=scores, label_ids=labels, metrics=named, num_samples=len(labels))
-
-
-def _model_to_evaluate(trainer: Any) -> nn.Module:
-    args = trainer.args
-    model: nn.Module = trainer._wrap_model(trainer.model, training=False)
-    if not prepared_models(trainer.accelerator) and model is trainer.model:  # evaluated before it was trained
-        model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
-    if not trainer.is_in_train and (args.fp16_full_eval or args.bf16_full_eval):
-        dtype = torch.float16 if args.fp16_full_eval else torch.bfloat16
-        model = model.to(dtype=dtype, device=args.device)
-    model.eval()
-    return model
-
-
-@contextmanager
-def one_evaluation(handler: Any) -> Iterator[None]:
-    """Around the evaluation of several sets: callbacks do not take each of them for an evaluation.
-
-    Early stopping would count its patience once a set, and miss the mean over all of them.
-
-    Args:
-        handler: transformers' ``CallbackHandler``; its ``on_evaluate`` is to be called once after this.
-    """
-    handler.on_evaluate = lambda args, state, control, metrics: control
-    try:
-        yield
-    finally:
-        del handler.on_evaluate
-
-
-def settle_early_stopping(args: LCETrainingArguments, callbacks: Iterable[Any]) -> None:
+def set_early_stopping_metric(args: LCETrainingArguments, callbacks: Iterable[Any]) -> None:
     """Have early stopping go by nDCG@10 unless another figure was chosen.
 
     Not whenever there are evaluations: with a figure for the best model ``transformers`` keeps the best checkpoint,

@@ -1,4 +1,4 @@
-"""What a run will take, said before its first step: memory, time, and what ``max_length`` cuts."""
+"""What a run will take, logged before its first step: memory, time, and what ``max_length`` cuts."""
 
 import logging
 import os
@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lce_trainer.model.pairs import EncodedPairs
+from lce_trainer.training.arguments import LCETrainingArguments
 from lce_trainer.training.collator import Batch, GroupCollator
 from lce_trainer.training.streaming import usable_rows
 
 logger = logging.getLogger(__name__)
 
 _SAMPLE_GROUPS, _SAMPLE_PAIRS = 256, 1024  # tokenized to know the lengths, in a fraction of a second
-_REHEARSED_TOKENS = (256, 1024)  # of the two forward passes that activations are measured on
+_MEASURED_TOKENS = (256, 1024)  # of the two forward passes that activations are measured on
 _BACKWARD = 1.15  # for what the backward pass holds besides, and the allocator wastes: measured 0.9 to 1.3 on a CPU
 _MANY_CUT = 0.1  # chosen by us: more of the queries or passages than this being cut is worth a warning
 # Bytes of state a trained parameter has: AdamW's two float32 moments unless the name says otherwise.
@@ -74,7 +76,13 @@ class Forecast:
         return self.gradients + self.optimizer + self.activations
 
 
-def forecast(trainer: Any) -> Forecast:
+def forecast_step(
+    model: Any,
+    args: LCETrainingArguments,
+    collator: GroupCollator,
+    groups: Any,
+    score: Callable[[EncodedPairs], Tensor] | None,
+) -> Forecast:
     """Estimate what a step takes, from a sample of the groups and two small forward passes.
 
     Weights, gradients and optimizer state are counted. Activations are what autograd really keeps
@@ -86,25 +94,27 @@ def forecast(trainer: Any) -> Forecast:
     Leaves weights, gradients and every random number generator as they were.
 
     Args:
-        trainer: An ``LCETrainer`` with a train_dataset.
+        model: The reranker, not wrapped for training.
+        args: The settings.
+        collator: Makes the batches of the run.
+        groups: The groups that will be trained on, or a stream of them.
+        score: Returns the logit of each pair as a training step computes it, shape ``(pairs,)``; None for a model
+            that is sharded over devices.
     """
-    args, collator = trainer.args, trainer.data_collator
-    rows = _sample(trainer.train_dataset, args.group_size)
+    rows = _sample(groups, args.group_size)
     batch = collator(rows)
     lengths = batch.pairs.lengths
-    groups = np.add.reduceat(lengths, batch.group_sizes.cumsum() - batch.group_sizes)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    ranks = args.world_size if sharded else 1
+    group_tokens = np.add.reduceat(lengths, batch.group_sizes.cumsum() - batch.group_sizes)
+    ranks = args.world_size if score is None else 1
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
-    if sharded:
+    if score is None:
         fixed, token, seconds = 0.0, _token_formula(model.config, args), np.nan
     else:
-        fixed, token, seconds = _rehearse(trainer, model, rows)
+        fixed, token, seconds = _measure_forward(model, args.device, collator, rows, score)
     sharing = args.world_size if args.split_groups else 1
-    at_once = _peak_tokens(groups, args.per_device_train_batch_size) / sharing
+    at_once = _peak_tokens(group_tokens, args.per_device_train_batch_size) / sharing
     if args.micro_batch_size is not None:
         at_once = min(at_once, args.micro_batch_size * float(lengths.max()))
     if args.micro_batch_tokens is not None:
@@ -114,30 +124,31 @@ def forecast(trainer: Any) -> Forecast:
     queries = collator.tokenizer([row["query"] for row in rows], add_special_tokens=False)["input_ids"]
     return Forecast(
         groups=per_step,
-        pairs=len(lengths) / len(groups) * per_step,
-        tokens=float(groups.mean()) * per_step,
+        pairs=len(lengths) / len(group_tokens) * per_step,
+        tokens=float(group_tokens.mean()) * per_step,
         weights=weights // ranks,
         # DistributedDataParallel keeps a second copy of the gradients, in the buckets it reduces.
-        gradients=gradients * (2 if args.world_size > 1 and not sharded else 1) // ranks,
+        gradients=gradients * (2 if args.world_size > 1 and score is not None else 1) // ranks,
         optimizer=_optimizer_bytes(args.optim) * sum(p.numel() for p in trained) // ranks,
         activations=fixed + _BACKWARD * token * at_once,
         fixed_activations=fixed,
         token=token,
         longest=int(lengths.max()),
-        seconds=seconds * float(groups.mean()) * on_this_device,
-        measured=not sharded,
+        seconds=seconds * float(group_tokens.mean()) * on_this_device,
+        measured=score is not None,
         cut_queries=float(np.mean([len(ids) > args.max_query_length for ids in queries])),
         cut_passages=float((lengths >= args.max_length).mean()),
     )
 
 
-class TellForecast(TrainerCallback):  # type: ignore[misc]
+class ForecastCallback(TrainerCallback):  # type: ignore[misc]
     """Logs the forecast before the first step, and the time again after the third."""
 
-    measured_steps = (2, 3)  # the first one warms up
+    measured_steps = (2, 3)  # the first one takes longer
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, forecast: Callable[[], Forecast]) -> None:
+        """Keep the function that makes the forecast of the run."""
+        self.forecast = forecast
         self.first = 0
         self.started: float | None = None
         self.seconds: list[float] = []
@@ -148,7 +159,7 @@ class TellForecast(TrainerCallback):  # type: ignore[misc]
         """Forecast, on the first rank: it runs the bare model, which no other rank has to wait for."""
         self.first, self.seconds = state.global_step, []
         if state.is_world_process_zero:
-            tell(forecast(self.trainer), state.max_steps - state.global_step, free_memory(args.device), args)
+            log_forecast(self.forecast(), state.max_steps - state.global_step, free_memory(args.device), args)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,7 +170,7 @@ class TellForecast(TrainerCallback):  # type: ignore[misc]
             self.started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop it, and say what the measured steps promise."""
+        """Stop the clock, and log the time that is left by the measured steps."""
         if self.started is None:
             return
         _wait_for_device()
@@ -171,7 +182,7 @@ class TellForecast(TrainerCallback):  # type: ignore[misc]
             logger.info("a step took %s: %s to go, without evaluations", _time(step), _time(step * left))
 
 
-def tell(plan: Forecast, steps: int, free: int | None, args: Any) -> None:
+def log_forecast(plan: Forecast, steps: int, free: int | None, args: Any) -> None:
     """Log a forecast, and warn of what will not fit or is cut.
 
     Args:
@@ -267,18 +278,23 @@ def _peak_tokens(groups: np.ndarray, batch_size: int) -> float:
     return float(groups[drawn].sum(axis=1).max())
 
 
-def _rehearse(trainer: Any, model: Any, rows: list[dict[str, Any]]) -> tuple[float, float, float]:
-    """Bytes of activations that do not depend on the tokens, bytes a token, and seconds a token of a step."""
+def _measure_forward(
+    model: Any,
+    device: torch.device,
+    collator: GroupCollator,
+    rows: list[dict[str, Any]],
+    score: Callable[[EncodedPairs], Tensor],
+) -> tuple[float, float, float]:
+    """Return bytes of activations that do not depend on the tokens, bytes a token, and seconds a token of a step."""
     # Two passages a group, so that a pass can be small where groups are large.
-    collator: GroupCollator = replace(trainer.data_collator, group_size=2)
+    collator = replace(collator, group_size=2)
     tokens, kept, seconds = [], [], 0.0
-    with _rehearsal(trainer, model):
-        for wanted in _REHEARSED_TOKENS:
+    with _training_mode(model, device):
+        for wanted in _MEASURED_TOKENS:
             batch = _batch_of(collator, rows, wanted)
-            run = partial(trainer._scores, model, batch.pairs, False)
             _wait_for_device()
             started = time.perf_counter()
-            kept.append(_saved_bytes(model, run))
+            kept.append(_saved_bytes(model, partial(score, batch.pairs)))
             _wait_for_device()
             seconds = time.perf_counter() - started
             tokens.append(int(batch.pairs.lengths.sum()))
@@ -300,15 +316,15 @@ def _batch_of(collator: GroupCollator, rows: list[dict[str, Any]], tokens: int) 
 
 
 @contextmanager
-def _rehearsal(trainer: Any, model: Any) -> Iterator[None]:
-    """Run the model as in training, and leave no trace of it."""
-    training, device = model.training, trainer.args.device
+def _training_mode(model: Any, device: torch.device) -> Iterator[None]:
+    """Run the model as in training, and restore its mode and the random number generators afterwards."""
+    training = model.training
     checkpointed = _checkpointed(model)
     for part in checkpointed:  # autograd's hooks do not see what lies inside a checkpoint
         part.gradient_checkpointing = False
     model.train()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), trainer.accelerator.autocast():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         model.train(training)

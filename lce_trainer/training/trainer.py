@@ -1,25 +1,38 @@
 """LCETrainer: ``transformers.Trainer`` that learns to rank from groups."""
 
 import math
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl, set_seed
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, HubStrategy, TrainOutput
 
+from lce_trainer.compat import prepared_models
 from lce_trainer.distributed import pass_overhead, shard_by_layer
 from lce_trainer.errors import TrainingError
 from lce_trainer.evaluation.metrics import mean_over_sets
-from lce_trainer.model.adapters import add_adapters, keep_trainable
+from lce_trainer.model.adapters import add_adapters, check_mergeable, keep_trainable, merge_adapters
 from lce_trainer.model.loading import configure_pairs, load_model, load_tokenizer
-from lce_trainer.model.packed.packing import disable_packing, enable_packing, packed_scores, packs, padded_scores
+from lce_trainer.model.packed.packing import (
+    batch_scores,
+    disable_packing,
+    enable_packing,
+    packed_scores,
+    packs,
+    padded_scores,
+)
 from lce_trainer.model.pairs import EncodedPairs
-from lce_trainer.model.saving import save_cross_encoder_files, set_scoring_config
-from lce_trainer.training import saving
+from lce_trainer.model.saving import save_cross_encoder_files, save_reranker, set_scoring_config
+from lce_trainer.model.scoring import score_pairs, tokens_at_once
 from lce_trainer.training.arguments import LCETrainingArguments, show_messages
 from lce_trainer.training.checkpoints import checkpoint_to_resume, final_state, save_at_step_ends, sealed_checkpoint
 from lce_trainer.training.checks import (
@@ -32,8 +45,8 @@ from lce_trainer.training.checks import (
     usable_groups,
 )
 from lce_trainer.training.collator import Batch, GroupCollator, group_collator
-from lce_trainer.training.evaluate import measure_groups, one_evaluation, settle_early_stopping
-from lce_trainer.training.forecast import TellForecast
+from lce_trainer.training.evaluate import group_metrics, set_early_stopping_metric
+from lce_trainer.training.forecast import Forecast, ForecastCallback, forecast_step
 from lce_trainer.training.loss import group_losses
 from lce_trainer.training.monitor import LearningWatch, Tally, curves
 from lce_trainer.training.sampling import EpochCount, GroupSampler, group_sampler
@@ -94,7 +107,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         args = args or LCETrainingArguments("trainer_output")
         show_messages(args)
         processing_class = check_use(args, data_collator, processing_class, kwargs)
-        model, processing_class = prepare(model, processing_class, args, peft_config)
+        model, processing_class = prepare_model(model, processing_class, args, peft_config)
         self.counts: dict[str, int] = {}
         if train_dataset is not None:
             train_dataset, self.counts = usable_groups(train_dataset, args)
@@ -116,7 +129,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         self.watch = LearningWatch(lambda: self.tally.take(self.accelerator))
         self.epochs = EpochCount()
         self.stream_watch = StreamWatch()
-        for callback in (self.watch, self.epochs, TellForecast(self), self.stream_watch):
+        for callback in (self.watch, self.epochs, ForecastCallback(self.forecast), self.stream_watch):
             self.add_callback(callback)
         if args.packing == "auto":
             enable_packing(self.model)
@@ -303,7 +316,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         if not isinstance(sets, dict):
             alone: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             return alone
-        with one_evaluation(self.callback_handler):  # each set is logged by itself
+        with self._evaluated_as_one():  # each set is logged by itself
             metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if means := mean_over_sets(metrics, list(sets), metric_key_prefix):
             metrics |= means
@@ -319,8 +332,67 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Score every passage of every group once, on some rank, and measure the rankings."""
-        return measure_groups(self, dataloader.dataset, description, metric_key_prefix)
+        """Score every passage of every group once, on some rank, and measure the rankings, the same on every rank."""
+        started, args = time.perf_counter(), self.args
+        groups: Any = dataloader.dataset
+        model = self._model_to_evaluate()
+        labels = [np.asarray(row, dtype=np.float64) for row in groups["labels"]]
+        flat = score_pairs(
+            lambda pairs: batch_scores(model, pairs, self.model, self.processing_class, args.device),
+            self.processing_class,
+            [(query, text) for query, texts in zip(groups["query"], groups["passages"], strict=True) for text in texts],
+            args.max_length,
+            tokens_at_once(args.eval_batch_tokens, args.device),
+            self.accelerator,
+            desc=description,
+            leave=False,
+            disable=args.disable_tqdm or not self.is_local_process_zero(),
+        )
+        scores = np.split(flat, np.cumsum([len(row) for row in labels])[:-1])
+        query_ids = groups["query_id" if "query_id" in groups.column_names else "query"]
+        metrics = group_metrics(scores, labels, args.temperature, query_ids)
+        if self.compute_metrics is not None:
+            metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
+        self.tally.pause(time.perf_counter() - started)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=scores, label_ids=labels, metrics=named, num_samples=len(labels))
+
+    def _model_to_evaluate(self) -> nn.Module:
+        """Return the model as wrapped for evaluation."""
+        model: nn.Module = self._wrap_model(self.model, training=False)
+        if not prepared_models(self.accelerator) and model is self.model:  # evaluated before it was trained
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        if not self.is_in_train and (self.args.fp16_full_eval or self.args.bf16_full_eval):
+            dtype = torch.float16 if self.args.fp16_full_eval else torch.bfloat16
+            model = model.to(dtype=dtype, device=self.args.device)
+        model.eval()
+        return model
+
+    @contextmanager
+    def _evaluated_as_one(self) -> Iterator[None]:
+        """Keep callbacks from taking each of several sets for an evaluation; ``on_evaluate`` is called once after it.
+
+        Early stopping would count its patience once a set, and miss the mean over all of them.
+        """
+        handler = self.callback_handler
+        handler.on_evaluate = lambda args, state, control, metrics: control
+        try:
+            yield
+        finally:
+            del handler.on_evaluate
+
+    # ---- forecast
+
+    def forecast(self) -> Forecast:
+        """Estimate memory and time of a step; see :func:`lce_trainer.training.forecast.forecast_step`."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+        def score(pairs: EncodedPairs) -> Tensor:
+            with self.accelerator.autocast():
+                return self._scores(model, pairs, is_counted=False)
+
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return forecast_step(model, self.args, self.data_collator, self.train_dataset, None if is_sharded else score)
 
     # ---- checkpoints
 
@@ -335,7 +407,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         Raises:
             TrainingError: The checkpoint is missing or damaged, or training cannot go on.
         """
-        settle_early_stopping(self.args, self.callback_handler.callbacks)
+        set_early_stopping_metric(self.args, self.callback_handler.callbacks)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir))
         over = final_state(checkpoint, self.args, self.get_train_dataloader()) if checkpoint else None
         if checkpoint is None or over is None:
@@ -346,7 +418,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         return TrainOutput(over.global_step, 0.0, {})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        saving.ready_to_push(self)
+        self._prepare_push()
         with sealed_checkpoint(self.args, self.state, Path(self._get_output_dir(trial))):
             super()._save_checkpoint(model, trial)
 
@@ -354,8 +426,8 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a plain checkpoint, under FSDP as well, whatever the checkpoints of the run look like."""
-        if saving.is_ours(self, output_dir if _internal_call else None):
-            self._save(output_dir, saving.whole_weights(self))
+        if self._saves_itself(output_dir if _internal_call else None):
+            self._save(output_dir, self._whole_weights())
         else:
             super().save_model(output_dir, _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
@@ -368,7 +440,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         super()._save(str(folder), state_dict)
         if self.args.should_save:
             save_cross_encoder_files(self.model, self.processing_class, folder)
-            saving.write_settings(self.args, folder)
+            self.args.save_public(folder)
 
     def save_merged(self, output_dir: str | Path) -> None:
         """Write a plain checkpoint with the adapters merged into the model; the trainer's own keeps them.
@@ -376,16 +448,66 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         Raises:
             TrainingError: There are no adapters, or the base is quantized.
         """
-        saving.save_merged(self, Path(output_dir))
+        model = self.accelerator.unwrap_model(self.model)
+        check_mergeable(model)
+        weights = self._whole_weights()
+        if self.is_world_process_zero():
+            folder = Path(output_dir)
+            save_reranker(merge_adapters(model, weights), self.processing_class, self.args.max_length, folder)
+            self.args.save_public(folder)
+
+    def _whole_weights(self) -> dict[str, Any] | None:
+        """Gather the weights of a model of which each process holds a part; all processes must call this.
+
+        Returns:
+            On the first process the weights, on others nothing of use. None where each process holds the whole model.
+        """
+        if not self.is_fsdp_enabled and self.deepspeed is None:
+            return None
+        weights: dict[str, Any] = self.accelerator.get_state_dict(self.deepspeed or self.model)
+        return weights
+
+    def _saves_itself(self, output_dir: str | None) -> bool:
+        """Return whether transformers would not write the model, or not as a plain checkpoint.
+
+        Args:
+            output_dir: Where transformers writes on its own; one named like a checkpoint is that of a run, any other
+                folder is for everyone. None: where the user says.
+        """
+        if self.is_deepspeed_enabled:
+            return bool(self.deepspeed is None)  # nothing was left to train
+        return self._has_sharded_checkpoints and not re.fullmatch(r"checkpoint-\d+", Path(output_dir or "").name)
+
+    @property
+    def _has_sharded_checkpoints(self) -> bool:
+        """Whether a run's checkpoints hold the model in parts, which nothing but a resumed run can read."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return "FULL" not in str(getattr(plugin, "state_dict_type", "FULL"))
+
+    def _prepare_push(self) -> None:
+        """Put into the run's folder what transformers does not when it pushes a checkpoint in the middle of a run.
+
+        That is the weights, where checkpoints are in parts, and what ``CrossEncoder`` cannot read from a config. All
+        processes must call this.
+        """
+        args = self.args
+        if not args.push_to_hub or args.hub_strategy == HubStrategy.END:
+            return
+        weights = self._whole_weights() if self._has_sharded_checkpoints else None
+        push = getattr(self, "push_in_progress", None)
+        if args.should_save and (args.hub_always_push or push is None or push.is_done()):  # or none is made now
+            if weights is not None:
+                self._save(args.output_dir, weights)
+            save_cross_encoder_files(self.model, self.processing_class, Path(args.output_dir))
 
 
-def prepare(
+def prepare_model(
     model: str | Path | PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
     args: LCETrainingArguments,
     peft_config: Any = None,
 ) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase]:
-    """A model and tokenizer that fit together, to be trained.
+    """Return a model and tokenizer that belong together, to be trained.
 
     Args:
         model: A model, or the name of one; None if it is made later.

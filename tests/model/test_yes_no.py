@@ -17,7 +17,7 @@ from lce_trainer.model.scoring import scoring_batches
 from lce_trainer.model.template import pair_template
 from lce_trainer.model.yes_no import answers_of, pair_logits, question_template
 from lce_trainer.training.arguments import LCETrainingArguments
-from lce_trainer.training.trainer import prepare
+from lce_trainer.training.trainer import prepare_model
 
 # The chat format of Qwen3, as far as a question needs it.
 QWEN3 = (
@@ -29,7 +29,7 @@ QWEN3 = (
 
 
 def prepared(model, tokenizer, yes_no):
-    return prepare(model, tokenizer, LCETrainingArguments("unused", yes_no=yes_no, report_to="none"))
+    return prepare_model(model, tokenizer, LCETrainingArguments("unused", yes_no=yes_no, report_to="none"))
 
 
 def language_model_folder(folder, family="qwen3", chat_template=QWEN3):

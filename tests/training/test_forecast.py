@@ -14,7 +14,7 @@ from torch import nn
 from helpers.paths import ROOT, TESTS
 from helpers.tiny import WORDS, build_model
 from helpers.trainers import assert_same, easy_groups, make_groups, make_trainer, weights
-from lce_trainer.training.forecast import _sample, _saved_bytes, forecast, free_memory, tell
+from lce_trainer.training.forecast import _sample, _saved_bytes, free_memory, log_forecast
 
 MEASURE = """
 import json, random, resource, sys
@@ -26,13 +26,12 @@ from helpers.trainers import make_trainer
 from transformers import BertConfig, BertForSequenceClassification
 
 from transformers import TrainerCallback
-from lce_trainer.training.forecast import forecast
 
 plans = []
 
 class Ask(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
-        plans.append(forecast(real))  # with what train() has switched on
+        plans.append(real.forecast())  # with what train() has switched on
 
 draw = random.Random(0)
 passages = [[" ".join(draw.choices(WORDS, k=draw.randint(10, 60))) for _ in range(8)] for _ in range(24)]
@@ -85,19 +84,19 @@ def test_a_step_is_counted_on_the_groups_it_will_draw(tmp_path):
     trainer = make_trainer(
         tmp_path, easy_groups(40), per_device_train_batch_size=4, gradient_accumulation_steps=2, optim="adamw_torch"
     )
-    plan = forecast(trainer)
+    plan = trainer.forecast()
     numbers = sum(p.numel() for p in trainer.model.parameters())
     # [CLS] what is 7 [SEP] red fish [SEP] and three passages of one word
     assert (plan.groups, plan.pairs, plan.tokens) == (8, 32, 8 * (8 + 3 * 7))
     assert (plan.weights, plan.gradients, plan.optimizer) == (4 * numbers, 4 * numbers, 8 * numbers)
     assert plan.longest == 8 and plan.cut_passages == plan.cut_queries == 0
-    assert forecast(make_trainer(tmp_path, easy_groups(40))).optimizer == 0
+    assert make_trainer(tmp_path, easy_groups(40)).forecast().optimizer == 0
 
 
 def test_what_is_frozen_has_neither_gradient_nor_state(tmp_path):
     model = build_model()
     model.bert.requires_grad_(False)
-    plan = forecast(make_trainer(tmp_path, easy_groups(8), model=model, optim="adamw_torch"))
+    plan = make_trainer(tmp_path, easy_groups(8), model=model, optim="adamw_torch").forecast()
     assert (plan.gradients, plan.optimizer) == (4 * 33, 8 * 33)
 
 
@@ -106,7 +105,7 @@ def test_forecasting_leaves_no_trace(tmp_path):
     trainer = make_trainer(tmp_path, make_groups(11), **run)
     torch.manual_seed(5)
     trainer.model.eval()
-    forecast(trainer)
+    trainer.forecast()
     assert not trainer.model.training and trainer.tally.take(trainer.accelerator)["pairs"] == 0
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
@@ -114,7 +113,7 @@ def test_forecasting_leaves_no_trace(tmp_path):
     trainer.train()
     other = make_trainer(tmp_path, make_groups(11), **run)
     torch.manual_seed(5)
-    other.remove_callback(next(c for c in other.callback_handler.callbacks if type(c).__name__ == "TellForecast"))
+    other.remove_callback(next(c for c in other.callback_handler.callbacks if type(c).__name__ == "ForecastCallback"))
     other.train()
     assert_same(weights(trainer), weights(other), 0)
 
@@ -123,27 +122,27 @@ def test_activation_checkpointing_is_taken_into_account_and_left_on(tmp_path):
     config = build_model().config
     config.num_hidden_layers = 6
     model = type(build_model())(config)
-    plain = forecast(make_trainer(tmp_path, make_groups(8), model=model))
+    plain = make_trainer(tmp_path, make_groups(8), model=model).forecast()
     model.activation_checkpointing_enable()
-    less = forecast(make_trainer(tmp_path, make_groups(8), model=model))
+    less = make_trainer(tmp_path, make_groups(8), model=model).forecast()
     assert less.token < 0.6 * plain.token
     assert all(layer.gradient_checkpointing for layer in model.bert.encoder.layer)
 
 
 def test_what_does_not_fit_is_warned_of_with_a_micro_batch_size_that_fits(tmp_path, caplog):
     trainer = make_trainer(tmp_path, make_groups(64), per_device_train_batch_size=32)
-    plan = forecast(trainer)
-    tell(plan, 10, int(plan.besides_weights) + 1, trainer.args)
+    plan = trainer.forecast()
+    log_forecast(plan, 10, int(plan.besides_weights) + 1, trainer.args)
     assert not caplog.records
     free = int(plan.besides_weights / 2)
-    tell(plan, 10, free, trainer.args)
+    log_forecast(plan, 10, free, trainer.args)
     (record,) = caplog.records
     assert "training needs about" in record.message and "set micro_batch_size to " in record.message
     pairs = int(record.message.split("set micro_batch_size to ")[1].split()[0])
     small = make_trainer(tmp_path, make_groups(64), per_device_train_batch_size=32, micro_batch_size=pairs)
-    assert free / 4 < forecast(small).besides_weights <= free
+    assert free / 4 < small.forecast().besides_weights <= free
     caplog.clear()
-    tell(replace(plan, optimizer=2 * free), 10, free, trainer.args)
+    log_forecast(replace(plan, optimizer=2 * free), 10, free, trainer.args)
     assert "micro_batch_size will not do" in caplog.text
 
 
