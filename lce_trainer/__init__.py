@@ -4,7 +4,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lce_trainer.errors import LCETrainerError
+    from lce_trainer.errors import (
+        ArtifactError,
+        ConfigError,
+        CorpusError,
+        EvaluationError,
+        GroupsError,
+        LabelError,
+        LCETrainerError,
+        LLMError,
+        PromptError,
+        PublishError,
+        TrainingError,
+    )
     from lce_trainer.evaluation.metrics import RankingMetrics, ranking_metrics
     from lce_trainer.groups.convert import load_groups, to_groups
     from lce_trainer.groups.schema import GROUPS_FEATURES, check_groups, validate_groups
@@ -18,13 +30,23 @@ __version__ = "0.2.0"
 
 __all__ = [
     "GROUPS_FEATURES",
+    "ArtifactError",
+    "ConfigError",
+    "CorpusError",
+    "EvaluationError",
     "GroupCollator",
+    "GroupsError",
     "LCETrainer",
     "LCETrainerError",
     "LCETrainingArguments",
+    "LLMError",
+    "LabelError",
+    "PromptError",
+    "PublishError",
     "RankedPassage",
     "RankingMetrics",
     "Reranker",
+    "TrainingError",
     "check_groups",
     "distillation_loss",
     "lce_loss",
@@ -35,14 +57,24 @@ __all__ = [
 ]
 
 _HOME = {
+    "ArtifactError": "errors",
+    "ConfigError": "errors",
+    "CorpusError": "errors",
+    "EvaluationError": "errors",
     "GROUPS_FEATURES": "groups.schema",
     "GroupCollator": "training.collator",
+    "GroupsError": "errors",
     "LCETrainer": "training.trainer",
     "LCETrainerError": "errors",
     "LCETrainingArguments": "training.arguments",
+    "LLMError": "errors",
+    "LabelError": "errors",
+    "PromptError": "errors",
+    "PublishError": "errors",
     "RankedPassage": "model.reranker",
     "RankingMetrics": "evaluation.metrics",
     "Reranker": "model.reranker",
+    "TrainingError": "errors",
     "check_groups": "groups.schema",
     "distillation_loss": "training.loss",
     "lce_loss": "training.loss",

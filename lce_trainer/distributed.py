@@ -1,4 +1,4 @@
-"""Ranks that share work, and those that must run the model equally often.
+"""Work that ranks share, and ranks that must run the model equally often.
 
 Where each rank holds a part of every layer (FSDP, DeepSpeed), a forward or backward pass is made by all ranks
 together. A rank with less to do than the others then runs passes that add nothing.
@@ -21,35 +21,35 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def in_lockstep(accelerator: Accelerator) -> bool:
-    """Whether every pass through the model is made by all ranks together."""
+def passes_are_collective(accelerator: Accelerator) -> bool:
+    """Return whether every pass through the model is a collective operation, made by all ranks together."""
     sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
     return accelerator.num_processes > 1 and accelerator.distributed_type in sharded
 
 
 def pass_overhead(accelerator: Accelerator, chosen: int | None) -> int:
-    """Tokens of padding that are worth one more forward pass.
+    """Return the tokens of padding that are worth one more forward pass.
 
     Args:
         accelerator: Of this process.
         chosen: By the settings; None: what suits the device.
     """
-    if in_lockstep(accelerator):
-        return 1 << 40  # one pass a chunk, so that ranks can tell how many there are
+    if passes_are_collective(accelerator):
+        return 1 << 40  # one pass a chunk, so that every rank knows how many there are
     default = 256 if accelerator.device.type == "cpu" else 16384
     return default if chosen is None else chosen
 
 
 def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
-    """Have FSDP share out each transformer layer on its own, unless its config names what to share out.
+    """Have FSDP shard each transformer layer on its own, unless its config names what to shard.
 
     accelerate goes by ``_no_split_modules``, which several families do not have, and which in BERT's holds the
-    embeddings, where accelerate shares out the words' once more, and fails.
+    embeddings, where accelerate shards the words' once more, and fails.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         logger.warning(
-            "FSDP was asked for, but accelerate shares out models on GPUs only: every process holds it whole"
+            "FSDP is configured, but accelerate shards models on GPUs only: every process holds the whole model"
         )
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None and lists:
@@ -57,37 +57,37 @@ def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 @contextmanager
-def not_shared_out() -> Iterator[None]:
-    """Make a whole model in this process, under DeepSpeed as well, which shares it out when training starts.
+def without_sharding() -> Iterator[None]:
+    """Make whole models in this process, under DeepSpeed as well, which shards them when training starts.
 
-    Once its arguments ask for ZeRO-3, transformers would share out each weight as it comes: such a model cannot be
-    looked at, and would be saved under the names that checkpoints of years ago had.
+    Once its arguments ask for ZeRO-3, transformers would shard each weight as it is loaded: such a model cannot be
+    inspected, and would be saved under the names that checkpoints of years ago had.
     """
     with without_zero3_init():
         yield
 
 
-def most(accelerator: Accelerator, *counts: int) -> list[int]:
-    """Each count where it is largest among the ranks."""
+def max_over_ranks(accelerator: Accelerator, *counts: int) -> list[int]:
+    """Return the maximum of each count over the ranks."""
     everyones: Tensor = accelerator.gather(torch.tensor([counts], device=accelerator.device))
     largest: list[int] = everyones.amax(dim=0).tolist()
     return largest
 
 
-def with_the_others(accelerator: Accelerator, items: Iterator[T]) -> Iterator[T | None]:
-    """This rank's items, then None as long as another rank has some."""
-    while any(most(accelerator, (item := next(items, None)) is not None)):
+def until_all_ranks_end(accelerator: Accelerator, items: Iterator[T]) -> Iterator[T | None]:
+    """Yield this rank's items, then None as long as another rank has some."""
+    while any(max_over_ranks(accelerator, (item := next(items, None)) is not None)):
         yield item
 
 
 @contextmanager
-def adding_up(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """A backward pass that is not the last of its step: its gradients are added to those to come."""
+def gradient_accumulation(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Run a backward pass that is not the last of its step: its gradients are added to those of the later ones."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        with gradients_held_back(accelerator.gradient_state):  # or DeepSpeed would take the optimizer's step
+        with gradients_held_back(accelerator.gradient_state):  # or DeepSpeed would make the optimizer's step
             yield
-    elif in_lockstep(accelerator):
-        yield  # each pass shares out its gradients: held back, they would be whole on every rank
+    elif passes_are_collective(accelerator):
+        yield  # each pass shards its gradients: held back, they would be whole on every rank
     else:
         with accelerator.no_sync(model):
             yield

@@ -69,6 +69,6 @@ class PublishError(LCETrainerError):
     """A model or dataset that cannot be uploaded."""
 
 
-def shown(ids: Sequence[str]) -> str:
-    """The first of the ids that a message is about, shortened: a query without an id is called by its text."""
+def format_ids(ids: Sequence[str]) -> str:
+    """Return the first of the ids that a message is about, each shortened; a query without an id goes by its text."""
     return ", ".join(repr(str(name)[:80]) for name in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")

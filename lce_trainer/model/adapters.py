@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lce_trainer.distributed import not_shared_out
+from lce_trainer.distributed import without_sharding
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.families import head_modules
 from lce_trainer.model.yes_no import is_language_model
@@ -135,7 +135,7 @@ def merge_adapters(model: Any, weights: Mapping[str, Tensor] | None = None) -> A
     base = model.get_base_model()
     (first, config), *others = model.peft_config.items()
     # One process draws the weights that are replaced, the others do not.
-    with torch.random.fork_rng(devices=[]), not_shared_out():
+    with torch.random.fork_rng(devices=[]), without_sharding():
         whole = import_peft().get_peft_model(type(base)(copy.deepcopy(base.config)), copy.deepcopy(config), first)
         for name, config in others:
             whole.add_adapter(name, copy.deepcopy(config))

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lce_trainer.distributed import not_shared_out
+from lce_trainer.distributed import without_sharding
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.adapters import load_merged
 from lce_trainer.model.crossencoder import apply_prompt_settings, logit_score_tokens, read_json
@@ -72,7 +72,7 @@ def load_model(
             if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
                 setattr(config, key, dropout)
     try:
-        with not_shared_out():
+        with without_sharding():
             model: PreTrainedModel = kind.from_pretrained(path, config=config, dtype=dtype)
         return model
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lce_trainer.distributed import in_lockstep, with_the_others
+from lce_trainer.distributed import passes_are_collective, until_all_ranks_end
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.pairs import EncodedPairs, encode_by_template, pair_layout, tokenize_texts
 from lce_trainer.model.template import pair_template
@@ -119,9 +119,9 @@ def _score_window(
     mine = np.arange(rank, len(pairs), ranks)
     scores = torch.zeros(len(pairs), device=accelerator.device if accelerator is not None else "cpu")
     batches: Iterator[Any] = scoring_batches(tokenizer, [pairs[i] for i in mine], max_length, batch_tokens)
-    together = accelerator is not None and in_lockstep(accelerator)
+    together = accelerator is not None and passes_are_collective(accelerator)
     if accelerator is not None and together:
-        batches = with_the_others(accelerator, batches)
+        batches = until_all_ranks_end(accelerator, batches)
     # What FSDP gathers in inference mode it could not train with.
     with torch.no_grad() if together else torch.inference_mode():
         for batch in batches:

@@ -28,7 +28,7 @@ from lce_trainer.model.loading import load_model, load_tokenizer, pairing_tokeni
 from lce_trainer.model.saving import write_first_stage_weight
 from lce_trainer.pipeline.run import Run, is_stale, processes
 from lce_trainer.training.arguments import LCETrainingArguments
-from lce_trainer.training.checks import check_use
+from lce_trainer.training.checks import check_arguments
 from lce_trainer.training.collator import GroupCollator
 from lce_trainer.training.trainer import LCETrainer
 
@@ -79,7 +79,7 @@ def check_training(run: Run) -> None:
         LCETrainerError: They cannot be used, or there is no such base model.
     """
     args = _arguments(run, run.recipe.train.arguments, run.root / "checkpoints")
-    check_use(args)
+    check_arguments(args)
     tokenizer = pairing_tokenizer(run.recipe.train.model, args.yes_no)
     GroupCollator(tokenizer, args.group_size, args.max_length, args.max_query_length)
     lora(run.recipe.train.lora)

@@ -20,16 +20,16 @@ _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedulers that follow an eva
 class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
     """``transformers.TrainingArguments``, with what a reranker's training needs besides.
 
-    Batch sizes count groups, so a batch shows ``per_device_train_batch_size * group_size`` pairs at
+    Batch sizes count groups, so a batch has ``per_device_train_batch_size * group_size`` pairs at
     most on each device. The Hub token is never part of what is saved or pickled.
 
     Raises:
         ConfigError: A value cannot be used; transformers' own complaints come as this too.
     """
 
-    # --- Groups and what is seen of them ---
+    # --- Groups and what is drawn of them ---
     group_size: int = field(
-        default=8, metadata={"help": "Passages a query shows in one step: one positive, the rest negatives."}
+        default=8, metadata={"help": "Passages of a query in one step: one positive, the rest negatives."}
     )
     curriculum_epochs: int | None = field(
         default=None,
@@ -49,7 +49,7 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
         default=None,
         metadata={
             "help": "Score by what a language model answers, logit(yes) - logit(no), in place of a new head. "
-            "null: where the checkpoint says that it does."
+            "null: where the checkpoint is one that does."
         },
     )
     # --- Loss ---
@@ -135,7 +135,7 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
     )
     # --- What must stay as it is ---
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must be false: the model sees tensors, never the dataset's columns."}
+        default=False, metadata={"help": "Must be false: the model reads tensors, never the dataset's columns."}
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Not used: a loss that is NaN or Inf stops the run in its step."}
@@ -170,11 +170,11 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
         except ValueError as error:
             raise ConfigError(" ".join(str(error).split())) from None
         if self.lr_scheduler_type in _BY_METRIC:
-            # Both take a lower metric for a better one unless told, and transformers does not tell them.
-            told: dict[str, Any] = {"mode": "max" if self.greater_is_better else "min"}
+            # Both treat a lower metric as a better one by default, and transformers leaves it at that.
+            defaults: dict[str, Any] = {"mode": "max" if self.greater_is_better else "min"}
             if self.lr_scheduler_type == "greedy":
-                told["min_lr"] = 0.0  # its own floor, 1e-3, lies above what rerankers train with: nothing would be cut
-            self.lr_scheduler_kwargs = told | (getattr(self, "lr_scheduler_kwargs", None) or {})
+                defaults["min_lr"] = 0.0  # its own floor, 1e-3, lies above what rerankers train with
+            self.lr_scheduler_kwargs = defaults | (getattr(self, "lr_scheduler_kwargs", None) or {})
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False  # of a stream: our batches are no plain tensors
         self._check()
@@ -237,11 +237,11 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
         return {name: None if name.endswith("_token") else value for name, value in self.__dict__.items()}
 
 
-def show_messages(args: LCETrainingArguments) -> None:
-    """Let what the trainer says be seen, as far as ``log_level`` wants it, where nobody configured logging.
+def configure_logging(args: LCETrainingArguments) -> None:
+    """Print the trainer's log messages from ``log_level`` up, where nobody configured logging.
 
-    With ``log_level="passive"`` that is what it has to say on the main process, and warnings on the others; unless
-    transformers was told to be quieter. Where logging is configured, before or after this, messages go there alone,
+    With ``log_level="passive"`` those are all messages of the main process, and warnings of the others; unless
+    transformers is configured to log less. Where logging is configured, before or after this, messages go there alone,
     and only a ``log_level`` that was chosen changes how many.
 
     Args:

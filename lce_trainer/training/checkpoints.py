@@ -64,7 +64,7 @@ def save_at_step_ends(callbacks: Iterable[Any]) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Declare a checkpoint complete: all its files are on the disk, and their hashes in its manifest."""
+    """Seal a checkpoint as complete: all its files are on the disk, and their hashes in its manifest."""
     files = [file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST]
     for file in files:
         with file.open("rb") as written:
@@ -85,7 +85,7 @@ def verify(folder: Path) -> None:
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that verifies; those that do not are named in the log."""
+    """Return the newest checkpoint that verifies; those that do not are named in the log."""
     for folder in reversed(_checkpoints(output_dir)):
         try:
             verify(folder)
@@ -116,7 +116,7 @@ def rotate(output_dir: Path, limit: int | None, keep: Collection[Path]) -> None:
 
 
 def checkpoint_to_resume(wanted: str | Path | bool | None, output_dir: Path) -> Path | None:
-    """The checkpoint to go on from, the same on every rank; None to start from the beginning.
+    """Return the checkpoint to resume from, the same on every rank; None to start from the beginning.
 
     Args:
         wanted: True for the newest one that verifies, or a checkpoint's folder.
@@ -125,13 +125,13 @@ def checkpoint_to_resume(wanted: str | Path | bool | None, output_dir: Path) -> 
     Raises:
         TrainingError: There is no such checkpoint, or it is damaged.
     """
-    found, complaint = None, None
+    found, problem = None, None
     if PartialState().is_main_process:
         try:
             found = _find(wanted, output_dir)
         except ArtifactError as error:
-            complaint = str(error)
-    answer: list[Any] = broadcast_object_list([found, complaint])
+            problem = str(error)
+    answer: list[Any] = broadcast_object_list([found, problem])
     if answer[1] is not None:
         raise TrainingError(answer[1])
     return Path(answer[0]) if answer[0] else None
@@ -160,15 +160,15 @@ def _find(wanted: str | Path | bool | None, output_dir: Path) -> Path | None:
     if (folder / MANIFEST).is_file():
         verify(folder)
     else:
-        logger.warning("%s was never sealed by a manifest: nothing tells whether it is whole", folder)
+        logger.warning("%s was never sealed by a manifest: it may be incomplete", folder)
     return folder
 
 
 def final_state(checkpoint: Path, args: TrainingArguments, batches: Any) -> TrainerState | None:
-    """The state of a run that was over when it saved this checkpoint; None if it has steps to go.
+    """Return the state of a run that was over when it saved this checkpoint; None if it has steps to go.
 
-    ``transformers`` would go on: it forgets that a run had stopped early, and takes one more step before it
-    looks how many there were to be. A run that something else stopped, like a limit of time, has steps to go.
+    ``transformers`` would go on: it forgets that a run had stopped early, and makes one more step before it
+    compares with how many there were to be. A run that something else stopped, like a limit of time, has steps to go.
 
     Args:
         checkpoint: Its folder.

@@ -1,5 +1,5 @@
-"""What is checked before a run: groups, model, settings, and what ``transformers.Trainer`` takes and this trainer
-would ignore, which is refused before it can mislead.
+"""What is checked before a run: groups, model, settings, and arguments of ``transformers.Trainer`` that this trainer
+would ignore, which are refused before they can mislead.
 """
 
 import logging
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from lce_trainer.compat import use_one_gpu
-from lce_trainer.errors import ConfigError, GroupsError, TrainingError, shown
+from lce_trainer.errors import ConfigError, GroupsError, TrainingError, format_ids
 from lce_trainer.groups.schema import check_groups, count_contradictions, validate_groups
 from lce_trainer.model.loading import longest_input, match_padding
 from lce_trainer.model.yes_no import answers_of
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 EvalDataset: TypeAlias = datasets.Dataset | Mapping[str, datasets.Dataset] | None
 
-_BATCH = 4096  # groups whose texts are looked at at once
+_BATCH = 4096  # groups whose texts are compared at once
 
 
 def usable_groups(groups: Any, args: LCETrainingArguments) -> tuple[datasets.Dataset, dict[str, int]]:
-    """Groups that can be trained on, and the counts of :func:`lce_trainer.groups.schema.validate_groups`.
+    """Return the groups that can be trained on, and the counts of :func:`lce_trainer.groups.schema.validate_groups`.
 
-    A stream is returned as it is: its rows are looked at when they come.
+    A stream is returned as it is: its rows are checked when they come.
 
     Raises:
         TrainingError: None is usable, or there is nothing to distil from.
@@ -89,7 +89,7 @@ def _check_scores(groups: datasets.Dataset) -> None:
 
 
 def by_name(eval_dataset: EvalDataset) -> dict[str, datasets.Dataset]:
-    """The evaluation sets by their names; a single one is ``eval_dataset``."""
+    """Return the evaluation sets by their names; a single one is ``eval_dataset``."""
     if eval_dataset is None:
         return {}
     return dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
@@ -104,8 +104,8 @@ def check_eval(groups: Any, name: str, train: datasets.Dataset | None) -> None:
     """
     if not isinstance(groups, datasets.Dataset):
         raise TrainingError(
-            f"{name} must be a datasets.Dataset of groups, not {type(groups).__name__}; of a stream, take some: "
-            "Dataset.from_list(list(stream.take(500)))"
+            f"{name} must be a datasets.Dataset of groups, not {type(groups).__name__}; of rows of a stream make "
+            "one: Dataset.from_list(list(stream.take(500)))"
         )
     groups = check_groups(groups, name)
     if not len(groups):
@@ -125,30 +125,30 @@ def _report_overlap(table: pa.Table, relevant: np.ndarray, name: str, train: dat
     known: dict[str, list[pa.Array]] = {"queries": [], "passages": [], "positives": []}  # that the table has too
     for batch in train.select_columns(["query", "passages", "labels"]).with_format("arrow").iter(_BATCH):
         # Looking the many up among the few is quick, and what is left of them is few too.
-        asked, texts = _normalized(batch["query"]), pc.list_flatten(batch["passages"])
+        trained, texts = _normalized(batch["query"]), pc.list_flatten(batch["passages"])
         both = pc.is_in(texts, value_set=passages)
         positive = pc.and_(both, pc.greater(pc.list_flatten(batch["labels"]), 0))
-        known["queries"] += asked.filter(pc.is_in(asked, value_set=queries)).chunks
+        known["queries"] += trained.filter(pc.is_in(trained, value_set=queries)).chunks
         known["passages"] += texts.filter(both).chunks
         known["positives"] += texts.filter(positive).chunks
     values = {kind: pa.chunked_array(found, pa.string()) for kind, found in known.items()}
     shared = pc.is_in(queries, value_set=values["queries"]).to_numpy()
-    seen = pc.is_in(passages, value_set=values["passages"]).to_numpy()
-    told = pc.is_in(passages, value_set=values["positives"]).to_numpy() & relevant
+    trained_on = pc.is_in(passages, value_set=values["passages"]).to_numpy()
+    as_positives = pc.is_in(passages, value_set=values["positives"]).to_numpy() & relevant
     if shared.any():
         logger.warning(
-            "%s: %d of its %d queries are also trained on, so its figures say too much",
+            "%s: %d of its %d queries are also trained on, so its figures are too high",
             *(name, shared.sum(), len(shared)),
         )
-    if not seen.any():
+    if not trained_on.any():
         return
     logger.warning(
         "%s: %d of its %d passages are also trained on, and %d of its %d relevant ones as positives: its figures hold "
         "for these documents, and may be lower for new ones",
         name,
-        seen.sum(),
-        len(seen),
-        told.sum(),
+        trained_on.sum(),
+        len(trained_on),
+        as_positives.sum(),
         relevant.sum(),
     )
 
@@ -178,16 +178,16 @@ def check_finite(losses: Tensor, query_ids: Sequence[str], step: int, learning_r
         losses: Of each group, shape ``(groups,)``.
         query_ids: Of each group.
         step: The one being made.
-        learning_rate: Asked for the message.
+        learning_rate: Returns the learning rate, for the message.
 
     Raises:
         TrainingError: A loss is NaN or infinite; names the queries.
     """
     if bad := [query_id for query_id, finite in zip(query_ids, losses.isfinite().tolist(), strict=True) if not finite]:
         raise TrainingError(
-            f"step {step}: the loss of queries {shown(bad)} is NaN or infinite, so the run stopped before the weights "
-            f"took it in; lower learning_rate (now {learning_rate():.1e}), use bf16 in place of fp16, or look at these "
-            "groups"
+            f"step {step}: the loss of queries {format_ids(bad)} is NaN or infinite, so the run stopped before the "
+            f"weights were updated; lower learning_rate (now {learning_rate():.1e}), use bf16 in place of fp16, or "
+            "inspect these groups"
         )
 
 
@@ -196,19 +196,19 @@ _ARGUMENTS = {
     "preprocess_logits_for_metrics": "compute_metrics gets the scores of each group, a number a passage",
 }
 _SETTINGS = {
-    "per_device_eval_batch_size": "eval_batch_tokens says how much is scored at once",
+    "per_device_eval_batch_size": "eval_batch_tokens sets how much is scored at once",
     "batch_eval_metrics": "compute_metrics is called once, with all groups",
     "include_for_metrics": "compute_metrics gets scores and labels, by group",
 }
 
 
-def check_use(
+def check_arguments(
     args: LCETrainingArguments,
     collator: GroupCollator | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase | None:
-    """Refuse what would have no effect, or another one than the settings say; and use one GPU a process.
+    """Refuse what would have no effect, or another one than that of the settings; and use one GPU a process.
 
     Args:
         args: The settings.
@@ -240,11 +240,12 @@ def _check_collator(collator: Any, tokenizer: Any, args: LCETrainingArguments) -
     if tokenizer is not None and collator.tokenizer is not tokenizer:
         raise TrainingError("data_collator has another tokenizer than processing_class: give both the same object")
     for name in (item.name for item in fields(GroupCollator) if item.name != "tokenizer"):
-        asked = args.data_seed if name == "seed" and args.data_seed is not None else getattr(args, name)
-        if (own := getattr(collator, name)) != asked:
+        wanted = args.data_seed if name == "seed" and args.data_seed is not None else getattr(args, name)
+        if (own := getattr(collator, name)) != wanted:
             raise TrainingError(
-                f"data_collator has {name}={own!r}, and args {asked!r}: they must agree, since evaluations, forecasts, "
-                "cached tokens and what is saved go by args; leave data_collator out, and it is made from args"
+                f"data_collator has {name}={own!r}, and args {wanted!r}: they must agree, since evaluations, "
+                "forecasts, cached tokens and what is saved go by args; leave data_collator out, and it is made from "
+                "args"
             )
     return collator.tokenizer
 
@@ -253,11 +254,11 @@ def _one_device(args: LCETrainingArguments) -> None:
     """Keep transformers from ``nn.DataParallel``.
 
     That splits a batch by rows, and pairs are packed into one row: a single GPU would do all the work, and without
-    the half precision that was asked for.
+    the half precision that was set.
     """
     if args.n_gpu > 1:
         logger.warning(
-            "this process sees %d GPUs and trains on one of them: start it with accelerate launch to use all of them, "
+            "this process has %d GPUs and trains on one of them: start it with accelerate launch to use all of them, "
             "each by a process of its own",
             args.n_gpu,
         )

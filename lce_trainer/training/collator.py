@@ -108,12 +108,12 @@ class GroupCollator:
 
     Attributes:
         tokenizer: A fast tokenizer with a pad token.
-        group_size: Passages a query shows in one step, its positive included; a group with fewer
+        group_size: Passages of a query in one step, its positive included; a group with fewer
             keeps them all and repeats none.
         max_length: Tokens of a pair at most, special tokens included. Only the passage is cut.
         max_query_length: Tokens of a query at most.
-        seed: Of the draw, see :func:`lce_trainer.training.sampling.sample_group`.
-        curriculum_epochs: Of the draw too.
+        seed: Seed of the draw, see :func:`lce_trainer.training.sampling.sample_group`.
+        curriculum_epochs: Epochs in which the draw goes from easy to hard; see there.
 
     Raises:
         TrainingError: The tokenizer is not a fast one, has no pad token, or no room is left for
@@ -199,7 +199,7 @@ def group_collator(tokenizer: PreTrainedTokenizerBase, args: Any) -> GroupCollat
 def micro_batches(
     group_sizes: np.ndarray | Sequence[int], lengths: np.ndarray, pairs: float, tokens: float = math.inf
 ) -> list[list[int]]:
-    """Groups that go through the model together: whole ones, alike in length, within both bounds.
+    """Return which groups go through the model together: whole ones, alike in length, within both bounds.
 
     A group is never split, so one of more than ``pairs`` passages, or ``tokens`` tokens, is a micro-batch of its own.
     """

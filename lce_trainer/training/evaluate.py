@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import EarlyStoppingCallback
 
-from lce_trainer.errors import EvaluationError, TrainingError, shown
+from lce_trainer.errors import EvaluationError, TrainingError, format_ids
 from lce_trainer.evaluation.metrics import ranking_metrics
 from lce_trainer.training.arguments import DEFAULT_METRIC, LCETrainingArguments
 from lce_trainer.training.loss import lce_loss
@@ -34,7 +34,7 @@ def set_early_stopping_metric(args: LCETrainingArguments, callbacks: Iterable[An
 def group_metrics(
     scores: Sequence[np.ndarray], labels: Sequence[np.ndarray], temperature: float, query_ids: Sequence[str]
 ) -> dict[str, float]:
-    """Means over groups of the ranking measures, and of the LCE of each group's first best positive as ``loss``.
+    """Return means over groups of the ranking measures, and of the LCE of each group's first best positive as ``loss``.
 
     A group without a positive, or without a passage, counts as 0, and has no loss. The measures take labels as
     :func:`lce_trainer.evaluation.metrics.ranking_metrics` takes grades, soft ones included. MRR and MAP count a label
@@ -52,8 +52,8 @@ def group_metrics(
     """
     if bad := [query_id for query_id, row in zip(query_ids, scores, strict=True) if np.isnan(row).any()]:
         raise EvaluationError(
-            f"a passage of queries {shown(bad)} has NaN for a score, so they cannot be ranked; use bf16 in place of "
-            "fp16, look at these groups, or take a checkpoint whose weights are finite"
+            f"a passage of queries {format_ids(bad)} has NaN for a score, so they cannot be ranked; use bf16 in place "
+            "of fp16, inspect these groups, or use a checkpoint whose weights are finite"
         )
     distinct = len(set(map(str, query_ids))) == len(query_ids)
     names = [str(name) if distinct else f"{name} (group {i})" for i, name in enumerate(query_ids)]

@@ -1,4 +1,4 @@
-"""What a run will take, logged before its first step: memory, time, and what ``max_length`` cuts."""
+"""The forecast of a run, logged before its first step: memory, time, and what ``max_length`` cuts."""
 
 import logging
 import os
@@ -36,12 +36,12 @@ _OPTIMIZER_BYTES |= {"lion": 4, "rmsprop": 4, "adagrad": 4}
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take.
+    """What a run will need.
 
     Attributes:
         groups: Of a step, on all devices.
         pairs: Of a step, on all devices.
-        tokens: Of a step, on all devices, padding left out.
+        tokens: Of a step, on all devices, without padding.
         weights: Bytes on one device, which are there already.
         gradients: Bytes on one device.
         optimizer: Bytes of its state on one device.
@@ -72,7 +72,7 @@ class Forecast:
 
     @property
     def besides_weights(self) -> float:
-        """Bytes that training takes on one device once the weights are there."""
+        """Bytes that training needs on one device once the weights are there."""
         return self.gradients + self.optimizer + self.activations
 
 
@@ -83,13 +83,13 @@ def forecast_step(
     groups: Any,
     score: Callable[[EncodedPairs], Tensor] | None,
 ) -> Forecast:
-    """Estimate what a step takes, from a sample of the groups and two small forward passes.
+    """Estimate what a step needs, from a sample of the groups and two small forward passes.
 
     Weights, gradients and optimizer state are counted. Activations are what autograd really keeps
     of the forward passes, by :func:`torch.autograd.graph.saved_tensors_hooks`, as a line through
     the two; a model sharded over devices is not run, and Korthikanti et al. 2022, eq. 2 without
-    attention's score matrix (https://huggingface.co/papers/2205.05198) takes their place. A step
-    is taken to last three forward passes: a backward one is worth two.
+    attention's score matrix (https://huggingface.co/papers/2205.05198) is used in their place. A step
+    is assumed to last three forward passes: a backward one is worth two.
 
     Leaves weights, gradients and every random number generator as they were.
 
@@ -183,7 +183,7 @@ class ForecastCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def log_forecast(plan: Forecast, steps: int, free: int | None, args: Any) -> None:
-    """Log a forecast, and warn of what will not fit or is cut.
+    """Log a forecast, and warn of too little memory and of what is cut.
 
     Args:
         plan: Of the run.
@@ -231,7 +231,7 @@ def log_forecast(plan: Forecast, steps: int, free: int | None, args: Any) -> Non
     if plan.cut_passages > _MANY_CUT:
         logger.warning(
             "max_length=%d cuts about %.0f %% of the passages: what answers the query may be in the part that is "
-            "never seen; raise it, or split the passages",
+            "dropped; raise it, or split the passages",
             args.max_length,
             100 * plan.cut_passages,
         )
@@ -244,7 +244,7 @@ def log_forecast(plan: Forecast, steps: int, free: int | None, args: Any) -> Non
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that one process of this machine may still take on a device; None if not known."""
+    """Return the bytes that one process of this machine may still allocate on a device; None if not known."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
@@ -320,7 +320,7 @@ def _training_mode(model: Any, device: torch.device) -> Iterator[None]:
     """Run the model as in training, and restore its mode and the random number generators afterwards."""
     training = model.training
     checkpointed = _checkpointed(model)
-    for part in checkpointed:  # autograd's hooks do not see what lies inside a checkpoint
+    for part in checkpointed:  # autograd's hooks are not called inside a checkpoint
         part.gradient_checkpointing = False
     model.train()
     try:
@@ -338,7 +338,7 @@ def _checkpointed(model: nn.Module) -> list[Any]:
 
 
 def _saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass, the weights themselves left out."""
+    """Return the bytes that autograd keeps for the backward pass, without the weights themselves."""
     sizes: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

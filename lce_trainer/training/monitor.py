@@ -1,4 +1,4 @@
-"""What a run says about itself: curves that mean something, and a warning when nothing is learned."""
+"""What a run logs about itself: curves that mean something, and a warning when nothing is learned."""
 
 import logging
 import math
@@ -18,13 +18,11 @@ from transformers import (
 logger = logging.getLogger(__name__)
 
 _COUNTS = ("pairs", "tokens", "padded_tokens", "cut_pairs")
-
-
 _GROUP_SUMS = ("groups", "loss", "guessing", "gain_squared", "accuracy", "one_in_n", "margin", "spread")
 
 
-class Tally:
-    """Sums over the groups seen since the last log, on the device until they are asked for."""
+class StepSums:
+    """Sums over the groups trained on since the last log, on the device until they are collected."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
@@ -36,13 +34,13 @@ class Tally:
         if self._started is None:
             self._started = time.perf_counter()
 
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was not spent on training."""
+    def exclude_time(self, seconds: float) -> None:
+        """Subtract time that was not spent on training."""
         if self._started is not None:
             self._started += seconds
 
     def add_groups(self, scores: Tensor, mask: Tensor, target: Tensor, losses: Tensor, guessing: Tensor) -> None:
-        """Take in a batch.
+        """Add a batch.
 
         Args:
             scores: Logits, shape ``(groups, width)``.
@@ -65,12 +63,12 @@ class Tally:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def add_counts(self, **counts: int) -> None:
-        """Take in counts made on the host: ``pairs``, ``tokens``, ``padded_tokens``, ``cut_pairs``."""
+        """Add counts made on the host: ``pairs``, ``tokens``, ``padded_tokens``, ``cut_pairs``."""
         for name, count in counts.items():
             self._counts[name] += count
 
-    def take(self, accelerator: Any) -> dict[str, float]:
-        """Sums over all ranks since the last time, and start over."""
+    def collect(self, accelerator: Any) -> dict[str, float]:
+        """Return the sums over all ranks since the last call, and reset them; all ranks must call this."""
         counts = torch.tensor([float(self._counts[name]) for name in _COUNTS], device=accelerator.device)
         sums = torch.zeros(len(_GROUP_SUMS), device=accelerator.device) if self._sums is None else self._sums
         values = accelerator.reduce(torch.cat([sums, counts]), reduction="sum").tolist()
@@ -80,7 +78,7 @@ class Tally:
 
 
 def curves(sums: dict[str, float]) -> dict[str, float]:
-    """What goes into the log: means over groups, and the speed."""
+    """Return what goes into the log: means over groups, and the speed."""
     groups = max(sums["groups"], 1)
     return {
         "loss_if_guessing": sums["guessing"] / groups,
@@ -94,33 +92,33 @@ def curves(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
-class LearningWatch(TrainerCallback):  # type: ignore[misc]
-    """Says whether anything is being learned: the loss against what equal scores would cost.
+class LearningMonitor(TrainerCallback):  # type: ignore[misc]
+    """Logs whether anything is being learned: the loss against what equal scores would cost.
 
     With one positive among n passages that is ln(n). The first log is compared at once; after the
-    warmup, and 64 groups or more, comes the verdict, over the logs of the second half so far.
+    learning rate's warmup, and 64 groups or more, comes the verdict, over the logs of the second half so far.
     """
 
     least_groups = 64
-    unlogged_steps = 50  # after which a run without logs is looked at; chosen by us
+    unlogged_steps = 50  # after which a run without logs is checked; chosen by us
 
-    def __init__(self, take: Callable[[], dict[str, float]]) -> None:
-        """Take what gives the sums since the last time, as :meth:`Tally.take`; asked on all ranks at once."""
-        self.take = take
-        self.seen: list[dict[str, float]] = []
+    def __init__(self, collect_sums: Callable[[], dict[str, float]]) -> None:
+        """Keep the function that returns the sums since its last call, on all ranks; see :meth:`StepSums.collect`."""
+        self.collect_sums = collect_sums
+        self.history: list[dict[str, float]] = []
         self.verdict: bool | None = None
         self.collapsed = False
 
-    def look(self, step: int) -> dict[str, float]:
-        """Take in, and return, the sums since the last time."""
-        sums = self.take()
+    def collect(self, step: int) -> dict[str, float]:
+        """Record and return the sums since the last call."""
+        sums = self.collect_sums()
         if sums["groups"]:
-            self._see(step, sums)
+            self._record(step, sums)
         return sums
 
-    def _see(self, step: int, sums: dict[str, float]) -> None:
+    def _record(self, step: int, sums: dict[str, float]) -> None:
         groups = sums["groups"]
-        if not self.seen:
+        if not self.history:
             logger.info(
                 "step %d: loss %.3f where guessing costs %.3f, accuracy@1 %.2f where guessing has %.2f",
                 step,
@@ -129,7 +127,7 @@ class LearningWatch(TrainerCallback):  # type: ignore[misc]
                 sums["accuracy"] / groups,
                 sums["one_in_n"] / groups,
             )
-        self.seen.append(sums)
+        self.history.append(sums)
         if sums["spread"] / groups < 1e-5 and not self.collapsed:
             self.collapsed = True
             logger.warning(
@@ -139,9 +137,9 @@ class LearningWatch(TrainerCallback):  # type: ignore[misc]
                 sums["spread"] / groups,
             )
 
-    def judge(self, step: int, learning_rate: float) -> None:
-        """Say once that nothing is being learned, and once that something is."""
-        recent = self.seen[len(self.seen) // 2 :]
+    def check_learning(self, step: int, learning_rate: float) -> None:
+        """Log once that nothing is being learned, and once that something is."""
+        recent = self.history[len(self.history) // 2 :]
         total = {name: sum(sums[name] for sums in recent) for name in _GROUP_SUMS}
         groups = total["groups"]
         if self.verdict or not groups:
@@ -172,13 +170,13 @@ class LearningWatch(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Forget an earlier run."""
-        self.__init__(self.take)  # type: ignore[misc]
+        self.__init__(self.collect_sums)  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Look and judge where nothing is logged."""
+        """Check every ``unlogged_steps`` where nothing is logged."""
         if args.logging_strategy == "no" and state.global_step % self.unlogged_steps == 0:
-            self.look(state.global_step)
-            self._judge_in_time(args, state, args.learning_rate)
+            self.collect(state.global_step)
+            self._check_when_due(args, state, args.learning_rate)
 
     def on_log(
         self,
@@ -188,19 +186,19 @@ class LearningWatch(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Judge after the warmup."""
+        """Check once the learning rate's warmup is over."""
         if logs and "loss_if_guessing" in logs:
-            self._judge_in_time(args, state, logs["learning_rate"])
+            self._check_when_due(args, state, logs["learning_rate"])
 
-    def _judge_in_time(self, args: TrainingArguments, state: TrainerState, learning_rate: float) -> None:
-        enough = sum(sums["groups"] for sums in self.seen) >= 2 * self.least_groups
+    def _check_when_due(self, args: TrainingArguments, state: TrainerState, learning_rate: float) -> None:
+        enough = sum(sums["groups"] for sums in self.history) >= 2 * self.least_groups
         if enough and state.global_step >= args.get_warmup_steps(state.max_steps):
-            self.judge(state.global_step, learning_rate)
+            self.check_learning(state.global_step, learning_rate)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What came after the last log counts too, and a run too short for a verdict gets one at its end."""
-        self.look(state.global_step)
+        """Record what came after the last log, and give a run that was too short for a verdict one at its end."""
+        self.collect(state.global_step)
         if self.verdict is None:
-            self.judge(state.global_step, args.learning_rate)
+            self.check_learning(state.global_step, args.learning_rate)

@@ -1,4 +1,4 @@
-"""Which passages of a group are seen in which epoch: pure functions of the seed.
+"""Which passages of a group are trained on in which epoch: pure functions of the seed.
 
 Nothing here has a state that workers, ranks or a resumed run could lose. The epoch travels
 with the row's index from the sampler, in the main process, to wherever the row is collated.
@@ -32,16 +32,16 @@ def sample_group(
     n_negatives: int,
     curriculum_epochs: int | None = None,
 ) -> tuple[int, list[int]]:
-    """The positive of a query and the negatives it competes with in one epoch.
+    """Draw the positive of a query and the negatives it competes with in one epoch.
 
     Positives take turns by epoch. The competitors of a positive are the passages with a strictly
     lower label; they are walked through in an order drawn for the query, and none comes again
     before each has come once. Then a new order is drawn.
 
     With a curriculum, epoch e of E draws from the easiest (e + 1) / E of the competitors, which
-    are taken to stand with the hardest first, as retrievers and judges leave them; from epoch
-    E - 1 on from all. Those drawn least often so far come first, so what an epoch adds is what it
-    shows. Source: easy before hard helped rerankers in MacAvaney et al. 2020,
+    are expected to stand with the hardest first, as retrievers and judges leave them; from epoch
+    E - 1 on from all. Those drawn least often so far come first, so what an epoch adds is what is
+    trained on. Source: easy before hard helped rerankers in MacAvaney et al. 2020,
     https://huggingface.co/papers/2004.14269, by weights; growing the pool is chosen by us.
 
     Args:
@@ -128,13 +128,13 @@ class GroupSampler(Sampler[Item]):
         Args:
             rows: In the dataset.
             seed: Of the order.
-            epoch: Asked when an epoch starts. Not an attribute that others set: ``accelerate`` does
+            epoch: Returns the epoch when one starts. Not an attribute that others set: ``accelerate`` does
                 not reach the sampler when several ranks resume in the middle of an epoch.
             multiple: Places are filled up to a multiple of this: groups a batch times ranks.
-            copies: So many times in a row comes each run of that many places: ranks that share every group take
-                equal batches.
+            copies: Each run of that many places comes so many times in a row, because ranks that share every group
+                need equal batches.
             shuffle: False keeps the order of the dataset.
-            drop_last: Leave the last rows out instead of filling up.
+            drop_last: Drop the last rows instead of filling up.
         """
         self.rows = rows
         self.seed = seed
@@ -157,7 +157,7 @@ class GroupSampler(Sampler[Item]):
 
 
 def group_sampler(rows: int, batch_size: int, args: LCETrainingArguments, epoch: Callable[[], int]) -> GroupSampler:
-    """The sampler of a run; ``batch_size`` counts the groups of a batch on one rank."""
+    """Make the sampler of a run; ``batch_size`` counts the groups of a batch on one rank."""
     return GroupSampler(
         rows,
         seed=args.seed if args.data_seed is None else args.data_seed,
@@ -169,8 +169,8 @@ def group_sampler(rows: int, batch_size: int, args: LCETrainingArguments, epoch:
     )
 
 
-class EpochCount(TrainerCallback):  # type: ignore[misc]
-    """Which epoch a run is in.
+class EpochCounter(TrainerCallback):  # type: ignore[misc]
+    """Counts which epoch a run is in.
 
     The state's own is right when an epoch starts, in fresh, resumed and many-rank runs alike, but for one: after an
     epoch that a callback ended early it would give that epoch's order once more.
@@ -189,7 +189,7 @@ class EpochCount(TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """One further than the last, and as far as a resumed run had come."""
+        """Count one more epoch than the last, and as many as a resumed run had begun."""
         self.now = max(int(state.epoch or 0), self.now + self._begun)
         self._begun = True
 
@@ -198,7 +198,7 @@ class EpochGroups(Dataset[dict[str, Any] | None]):
     """Rows of groups that know the epoch they are drawn in."""
 
     def __init__(self, groups: "datasets.Dataset", token_ids: "TokenIds | None" = None) -> None:
-        """Take groups and, in place of their texts, token ids if there are some."""
+        """Keep groups and, in place of their texts, token ids if there are some."""
         self.groups = groups if token_ids is None else groups.select_columns(["query_id", "labels", "scores"])
         self.token_ids = token_ids
 
@@ -206,11 +206,11 @@ class EpochGroups(Dataset[dict[str, Any] | None]):
         return len(self.groups)
 
     def __getitems__(self, items: Sequence[Item]) -> list[dict[str, Any] | None]:
-        """The rows of a batch, each with its ``epoch``; None where the batch is only filled up."""
-        taken = [item[1] for item in items if item is not None]
-        found = self.groups.__getitems__(taken) if taken else []
-        if self.token_ids is not None and taken:
-            ids = self.token_ids.take(taken)
+        """Return the rows of a batch, each with its ``epoch``; None where the batch is only filled up."""
+        wanted = [item[1] for item in items if item is not None]
+        found = self.groups.__getitems__(wanted) if wanted else []
+        if self.token_ids is not None and wanted:
+            ids = self.token_ids.take(wanted)
             found = [{**row, "query": query, "passages": texts} for row, (query, texts) in zip(found, ids, strict=True)]
         rows = iter(found)
         return [None if item is None else {**next(rows), "epoch": item[0]} for item in items]

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lce_trainer.distributed import adding_up, in_lockstep, most
+from lce_trainer.distributed import gradient_accumulation, max_over_ranks, passes_are_collective
 from lce_trainer.model.pairs import EncodedPairs
 from lce_trainer.training.collator import Batch, micro_batches
 
@@ -92,7 +92,7 @@ def run_step(
     """
     cached = [part for part in parts if len(part.chunks) > 1]
     counts = [sum(len(part.chunks) for part in some) for some in (cached, parts)]
-    most_counts = most(accelerator, *counts) if in_lockstep(accelerator) else counts
+    largest_counts = max_over_ranks(accelerator, *counts) if passes_are_collective(accelerator) else counts
     losses: list[Tensor] = []
     passes: list[Pass] = []
     for part in cached:
@@ -101,13 +101,13 @@ def run_step(
         passes += replays
     idle = Pass(parts[0].chunks[0].pairs.take(np.zeros(1, dtype=np.int64)), lambda scores: scores.sum() * 0, False)
     with torch.no_grad():
-        for _ in range(most_counts[0] - counts[0]):
+        for _ in range(largest_counts[0] - counts[0]):
             score(idle.pairs, False)
     passes += [_whole(accelerator, part, loss_of, is_shared) for part in parts if len(part.chunks) == 1]
-    passes += [idle] * (most_counts[1] - counts[1])
+    passes += [idle] * (largest_counts[1] - counts[1])
     for number, one in enumerate(passes, start=1):
         # Only the last backward may reduce over ranks: they need not have equally many passes.
-        reducing = nullcontext() if number == len(passes) else adding_up(accelerator, model)
+        reducing = nullcontext() if number == len(passes) else gradient_accumulation(accelerator, model)
         with reducing, replayed(one.random_state, accelerator.device):
             loss = backward(one)
         if one.random_state is None:
@@ -120,10 +120,10 @@ def cut_step(batch: Batch, pairs: int | None, rank: int = 0, ranks: int = 1, tok
 
     Args:
         batch: Of :class:`lce_trainer.training.collator.GroupCollator`.
-        pairs: In a chunk at most; None: as many as there are.
+        pairs: In a chunk at max_over_ranks; None: as many as there are.
         rank: Of those that share the pairs of every group, whose chunks are wanted.
         ranks: That share the pairs of every group; they must all hold the same batch.
-        tokens: In a chunk at most, but for one pair that has more; None: as many as there are.
+        tokens: In a chunk at max_over_ranks, but for one pair that has more; None: as many as there are.
 
     Returns:
         The parts, each with as many chunks on every rank, one unless a single group is larger than a chunk.

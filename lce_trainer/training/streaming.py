@@ -1,4 +1,4 @@
-"""Groups from a stream: rows in the order it gives them, pass after pass, on every rank the same.
+"""Groups from a stream: rows in its own order, pass after pass, the same on every rank.
 
 ``transformers`` and ``accelerate`` know neither how long a stream is nor where in it a run stopped.
 So the trainer sees one endless epoch, in which it finds its place again by counting batches, and
@@ -33,7 +33,7 @@ _REQUIRED = ("query", "passages", "labels")
 
 
 def is_stream(groups: Any) -> bool:
-    """Whether groups can only be read one after the other."""
+    """Return whether groups can only be read one after the other."""
     return isinstance(groups, (datasets.IterableDataset, IterableDataset))
 
 
@@ -42,13 +42,15 @@ def check_stream(stream: Any, args: LCETrainingArguments) -> None:
 
     Raises:
         TrainingError: The settings need a length, or scores that the stream does not have.
-        GroupsError: The stream says that it has other columns than those of groups.
+        GroupsError: The stream names its columns, and they are not those of groups.
     """
     if args.max_steps <= 0:
         raise TrainingError("a streamed train_dataset has no length: set max_steps")
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if getattr(args, name) == "epoch":
-            raise TrainingError(f"{name} is epoch, but a streamed train_dataset does not say when one ends: set steps")
+            raise TrainingError(
+                f"{name} is epoch, but a streamed train_dataset has no known end of an epoch: set it to steps"
+            )
     columns = getattr(stream, "column_names", None)
     if columns is None:
         return
@@ -68,23 +70,23 @@ def training_rows(
     args: LCETrainingArguments,
     evaluated: Iterable[datasets.Dataset] = (),
 ) -> "StreamedGroups | EpochGroups":
-    """What a DataLoader reads: rows that know their epoch.
+    """Return what a DataLoader reads: rows that know their epoch.
 
     Args:
         groups: A dataset, or a stream.
         tokenizer: Of the model.
         batch_size: Groups of a batch on one rank.
         args: How many ranks there are and how many batches make a step.
-        evaluated: Evaluation sets, whose queries are looked for in a stream.
+        evaluated: Evaluation sets, whose queries are searched for in a stream.
     """
     if not is_stream(groups):
         return EpochGroups(groups, token_ids(groups, tokenizer, args))
     copies = args.world_size if args.split_groups else 1
     batch = batch_size * args.world_size // copies
-    asked = frozenset(_normalized(query) for rows in evaluated for query in rows["query"])
+    evaluated_queries = frozenset(_normalized(query) for rows in evaluated for query in rows["query"])
     distil = args.distillation_weight > 0
     return StreamedGroups(
-        groups, batch, args.gradient_accumulation_steps, args.dataloader_drop_last, copies, asked, distil
+        groups, batch, args.gradient_accumulation_steps, args.dataloader_drop_last, copies, evaluated_queries, distil
     )
 
 
@@ -92,7 +94,7 @@ class StreamedGroups(IterableDataset[Row | None]):
     """The usable rows of a stream without end, each with its ``epoch``: the pass it comes from.
 
     The last step of a pass is filled up with None, so that no step mixes two passes. Every rank and
-    every worker reads the whole stream, and takes its part of each step.
+    every worker reads the whole stream, and uses its part of each step.
     """
 
     def __init__(
@@ -102,23 +104,23 @@ class StreamedGroups(IterableDataset[Row | None]):
         batches: int,
         drop_last: bool = False,
         copies: int = 1,
-        asked: Collection[str] = (),
+        evaluated_queries: Collection[str] = (),
         distil: bool = False,
     ) -> None:
         """Describe the steps.
 
         Args:
             stream: Starts over each time it is iterated, on every rank in the same order; one that
-                has a ``set_epoch`` is told the pass.
+                has a ``set_epoch`` gets the number of the pass.
             batch: Groups of a batch, over all ranks.
             batches: Batches accumulated in a step.
-            drop_last: Leave the last groups of a pass out instead of filling up.
-            copies: So many times in a row comes each batch: ranks that share every group take equal ones.
-            asked: As :func:`usable_rows` takes them.
-            distil: Likewise.
+            drop_last: Drop the last groups of a pass instead of filling up.
+            copies: Each batch comes so many times in a row, because ranks that share every group need equal ones.
+            evaluated_queries: As in :func:`usable_rows`.
+            distil: As in :func:`usable_rows`.
         """
         self.stream = stream
-        self.asked = asked
+        self.evaluated_queries = evaluated_queries
         self.distil = distil
         self.batch = batch
         self.step = batch * batches
@@ -127,7 +129,7 @@ class StreamedGroups(IterableDataset[Row | None]):
         self.over = False
 
     def set_epoch(self, epoch: int) -> None:
-        """The trainer's epoch: there is one, so a second is that of a resumed run that was over."""
+        """Set the trainer's epoch: there is one, so a second is that of a resumed run that was over."""
         self.over = epoch > 0
 
     def __iter__(self) -> Iterator[Row | None]:
@@ -135,19 +137,19 @@ class StreamedGroups(IterableDataset[Row | None]):
         # The epoch of a stream of the datasets library lies in memory that its workers share.
         stream = self.stream if worker is None else copy.deepcopy(self.stream)
         batches = chain.from_iterable(self._batches(stream, epoch) for epoch in (() if self.over else count()))
-        # A DataLoader takes a batch from each worker in turn.
+        # A DataLoader gets a batch from each worker in turn.
         for batch in islice(batches, worker.id if worker else 0, None, worker.num_workers if worker else 1):
             yield from batch * self.copies
 
     def _batches(self, stream: Iterable[Row], epoch: int) -> Iterator[list[Row | None]]:
-        """One pass, in whole steps."""
-        rows = usable_rows(stream, epoch, self.asked, self.distil)
+        """Yield the batches of one pass, in whole steps."""
+        rows = usable_rows(stream, epoch, self.evaluated_queries, self.distil)
         steps = 0
-        while taken := list(islice(rows, self.step)):
-            if len(taken) < self.step and self.drop_last:
+        while step := list(islice(rows, self.step)):
+            if len(step) < self.step and self.drop_last:
                 break
             steps += 1
-            places = [*taken, *[None] * (self.step - len(taken))]
+            places = [*step, *[None] * (self.step - len(step))]
             for start in range(0, self.step, self.batch):
                 batch = places[start : start + self.batch]
                 digest = zlib.crc32("\0".join(row["query_id"] for row in batch if row).encode())
@@ -158,13 +160,15 @@ class StreamedGroups(IterableDataset[Row | None]):
             raise TrainingError(f"the stream holds less than one step of {self.step} groups: no dataloader_drop_last")
 
 
-def usable_rows(stream: Iterable[Row], epoch: int, asked: Collection[str] = (), distil: bool = False) -> Iterator[Row]:
-    """Groups of one pass that teach something.
+def usable_rows(
+    stream: Iterable[Row], epoch: int, evaluated_queries: Collection[str] = (), distil: bool = False
+) -> Iterator[Row]:
+    """Yield the groups of one pass that have a positive and a negative.
 
     Args:
         stream: Rows.
         epoch: Of the pass.
-        asked: Queries that are evaluated on, lower-cased and without outer spaces; they are counted.
+        evaluated_queries: Queries that are evaluated on, lower-cased and without outer spaces; they are counted.
         distil: Whether the scores will be used, and must not be infinite.
 
     Returns:
@@ -185,7 +189,7 @@ def usable_rows(stream: Iterable[Row], epoch: int, asked: Collection[str] = (), 
     for row in _rows(stream):
         group = _group(row, read, distil)
         read += 1
-        shared += bool(asked) and _normalized(group["query"]) in asked
+        shared += bool(evaluated_queries) and _normalized(group["query"]) in evaluated_queries
         best = max(group["labels"], default=0)
         if best <= 0:
             no_positive += 1
@@ -203,7 +207,7 @@ def usable_rows(stream: Iterable[Row], epoch: int, asked: Collection[str] = (), 
             f"none of {read} groups of the stream is usable: {no_positive} have no positive and {no_negative} no "
             "negative"
         )
-    # The last one also tells of those after it.
+    # The last one also counts those after it.
     yield {**held, "stream_position": position()}
 
 
@@ -222,10 +226,10 @@ def _rows(stream: Iterable[Row]) -> Iterator[Row]:
 
 
 def _group(row: Mapping[str, Any], number: int, distil: bool) -> Row:
-    """A row as a group.
+    """Return a row as a group.
 
     Raises:
-        GroupsError: It is none; says why.
+        GroupsError: It is not one; the message has the reason.
     """
     where = f"row {number} of the stream"
     if missing := [name for name in _REQUIRED if row.get(name) is None]:
@@ -256,8 +260,8 @@ def _group(row: Mapping[str, Any], number: int, distil: bool) -> Row:
     }
 
 
-class StreamWatch(TrainerCallback):  # type: ignore[misc]
-    """Says after each pass over a stream what was left out of it, and that all ranks read the same.
+class StreamMonitor(TrainerCallback):  # type: ignore[misc]
+    """Logs after each pass over a stream what was dropped, and checks that all ranks read the same.
 
     Attributes:
         counts: Groups of the pass so far, as :func:`lce_trainer.groups.schema.validate_groups` counts them.
@@ -266,10 +270,10 @@ class StreamWatch(TrainerCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.epoch = -1
         self.counts: dict[str, int] = {}
-        self.told = False
+        self.has_warned = False
 
-    def see(self, batches: list[Batch], accelerator: Any) -> dict[str, int]:
-        """Take in a step, and return the counts of the pass.
+    def update(self, batches: list[Batch], accelerator: Any) -> dict[str, int]:
+        """Add a step, and return the counts of the pass.
 
         Args:
             batches: This rank's.
@@ -284,7 +288,7 @@ class StreamWatch(TrainerCallback):  # type: ignore[misc]
         first = (positions[0] if positions else None) or nowhere
         own = last._replace(digest=first.digest)
         ranks = accelerator.gather(torch.tensor([own], device=accelerator.device)).tolist()
-        if len({seen for *_, seen in ranks} - {-1}) > 1:
+        if len({digest for *_, digest in ranks} - {-1}) > 1:
             raise TrainingError(
                 "the ranks read different rows of the stream: pass it whole, not split by node, and shuffle it with a "
                 "seed"
@@ -292,11 +296,11 @@ class StreamWatch(TrainerCallback):  # type: ignore[misc]
         epoch, read, no_positive, no_negative, shared, _ = max(ranks)
         if epoch < 0:
             return self.counts
-        if shared and not self.told:
-            self.told = True
+        if shared and not self.has_warned:
+            self.has_warned = True
             logger.warning(
-                "%d of the first %d groups of the stream have queries that are also evaluated on, so those figures say "
-                "too much",
+                "%d of the first %d groups of the stream have queries that are also evaluated on, so those figures "
+                "are too high",
                 *(shared, read),
             )
         if epoch != self.epoch:
@@ -317,7 +321,7 @@ class StreamWatch(TrainerCallback):  # type: ignore[misc]
         dropped = self.counts["groups_read"] - self.counts["groups"]
         logger.log(
             logging.WARNING if dropped else logging.INFO,
-            "pass %d over the stream: %d groups read, %d left out: %d without a positive, %d without a negative",
+            "pass %d over the stream: %d groups read, %d dropped: %d without a positive, %d without a negative",
             self.epoch + 1,
             self.counts["groups_read"],
             dropped,
@@ -334,5 +338,5 @@ class StreamWatch(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The last pass may not be over."""
+        """Log the counts of the last pass, which may not be over."""
         self.report()

@@ -36,7 +36,7 @@ class TokenIds:
         self.ids = ids.with_format("arrow")
 
     def take(self, rows: Sequence[int]) -> list[tuple[TokenLists, TokenLists]]:
-        """Query and passages of each of these groups, of which none is read before it is taken."""
+        """Return query and passages of each of these groups; no other is read."""
         table = self.ids[list(rows)]
         return [
             (TokenLists.of_one(query.values.to_numpy()), _views(passages.values))
@@ -53,7 +53,7 @@ def _views(lists: Any) -> TokenLists:
 def token_ids(
     groups: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, args: LCETrainingArguments
 ) -> TokenIds | None:
-    """Token ids of all groups if ``args.pretokenize`` asks for them, in the cache of ``datasets``; else None.
+    """Return the token ids of all groups, from the cache of ``datasets``; None if ``args.pretokenize`` is off.
 
     Made by one process of a machine, and reused by every run with the same texts and tokenizer, however its groups
     were made.
@@ -70,7 +70,7 @@ def token_ids(
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = dict.fromkeys([*batch["query"], *(text for texts in batch["passages"] for text in texts)])
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        # A pair holds fewer tokens of a text than this, so what is cut still shows.
+        # A pair holds fewer tokens of a text than this, so a text that is cut is still known to be.
         ids = {text: encoding.ids[: args.max_length] for text, encoding in zip(texts, encodings, strict=True)}
         return {
             "query": [ids[text] for text in batch["query"]],

@@ -33,25 +33,25 @@ from lce_trainer.model.packed.packing import (
 from lce_trainer.model.pairs import EncodedPairs
 from lce_trainer.model.saving import save_cross_encoder_files, save_reranker, set_scoring_config
 from lce_trainer.model.scoring import score_pairs, tokens_at_once
-from lce_trainer.training.arguments import LCETrainingArguments, show_messages
+from lce_trainer.training.arguments import LCETrainingArguments, configure_logging
 from lce_trainer.training.checkpoints import checkpoint_to_resume, final_state, save_at_step_ends, sealed_checkpoint
 from lce_trainer.training.checks import (
     EvalDataset,
     by_name,
+    check_arguments,
     check_eval,
     check_finite,
     check_model,
-    check_use,
     usable_groups,
 )
 from lce_trainer.training.collator import Batch, GroupCollator, group_collator
 from lce_trainer.training.evaluate import group_metrics, set_early_stopping_metric
 from lce_trainer.training.forecast import Forecast, ForecastCallback, forecast_step
 from lce_trainer.training.loss import group_losses
-from lce_trainer.training.monitor import LearningWatch, Tally, curves
-from lce_trainer.training.sampling import EpochCount, GroupSampler, group_sampler
+from lce_trainer.training.monitor import LearningMonitor, StepSums, curves
+from lce_trainer.training.sampling import EpochCounter, GroupSampler, group_sampler
 from lce_trainer.training.step import Pass, cut_step, run_step
-from lce_trainer.training.streaming import StreamWatch, is_stream, training_rows
+from lce_trainer.training.streaming import StreamMonitor, is_stream, training_rows
 
 
 class LCETrainer(Trainer):  # type: ignore[misc]
@@ -97,16 +97,16 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             eval_dataset: Groups, or several sets by name. Every passage of a group is ranked.
             processing_class: The tokenizer; the model's own if the model is given by name.
             peft_config: A ``peft.LoraConfig`` or its like, to train adapters; see :mod:`lce_trainer.model.adapters`.
-            **kwargs: As ``transformers.Trainer`` takes them; what would have no effect is refused.
+            **kwargs: Those of ``transformers.Trainer``; what would have no effect is refused.
 
         Raises:
-            TrainingError: Model, tokenizer and settings do not fit together, or no group is usable.
+            TrainingError: Model, tokenizer and settings do not belong together, or no group is usable.
             ConfigError: A setting would be ignored.
             GroupsError: A dataset does not hold groups.
         """
         args = args or LCETrainingArguments("trainer_output")
-        show_messages(args)
-        processing_class = check_use(args, data_collator, processing_class, kwargs)
+        configure_logging(args)
+        processing_class = check_arguments(args, data_collator, processing_class, kwargs)
         model, processing_class = prepare_model(model, processing_class, args, peft_config)
         self.counts: dict[str, int] = {}
         if train_dataset is not None:
@@ -122,14 +122,14 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             processing_class=processing_class,
             **kwargs,
         )
-        self.model_accepts_loss_kwargs = True  # what says so before transformers 5.19
+        self.model_accepts_loss_kwargs = True  # the same, before transformers 5.19
         save_at_step_ends(self.callback_handler.callbacks)
         check_model(self.accelerator.unwrap_model(self.model), processing_class, args)
-        self.tally = Tally()
-        self.watch = LearningWatch(lambda: self.tally.take(self.accelerator))
-        self.epochs = EpochCount()
-        self.stream_watch = StreamWatch()
-        for callback in (self.watch, self.epochs, ForecastCallback(self.forecast), self.stream_watch):
+        self.step_sums = StepSums()
+        self.learning_monitor = LearningMonitor(lambda: self.step_sums.collect(self.accelerator))
+        self.epochs = EpochCounter()
+        self.stream_monitor = StreamMonitor()
+        for callback in (self.learning_monitor, self.epochs, ForecastCallback(self.forecast), self.stream_monitor):
             self.add_callback(callback)
         if args.packing == "auto":
             enable_packing(self.model)
@@ -144,7 +144,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
     # ---- data
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
-        """Batches of groups, each row carrying its epoch; see :mod:`lce_trainer.training.sampling`."""
+        """Return the loader of batches, each row carrying its epoch; see :mod:`lce_trainer.training.sampling`."""
         if self.train_dataset is None:
             raise TrainingError("training needs a train_dataset of groups")
         loader: DataLoader[Batch] = self._get_dataloader(
@@ -166,7 +166,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         return group_sampler(len(self.train_dataset), self._train_batch_size, self.args, lambda: self.epochs.now)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Carries the groups to :meth:`evaluation_loop`, which makes its own batches of pairs."""
+        """Return a loader that carries the groups to :meth:`evaluation_loop`, which makes its own batches of pairs."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         groups = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -175,7 +175,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         return DataLoader(groups, batch_size=self.args.eval_batch_size, collate_fn=list)
 
     def get_test_dataloader(self, test_dataset: datasets.Dataset) -> DataLoader[Any]:
-        """As :meth:`get_eval_dataloader`."""
+        """Return what :meth:`get_eval_dataloader` does."""
         return self.get_eval_dataloader(test_dataset)
 
     def _prepare_inputs(self, inputs: Batch | Pass) -> Batch | Pass:
@@ -199,23 +199,23 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
     @property
     def _share(self) -> tuple[int, int]:
-        """Which one of how many ranks this is that share the pairs of each group."""
+        """The number of this rank among those that share the pairs of each group, and how many they are."""
         return (self.args.process_index, self.args.world_size) if self.args.split_groups else (0, 1)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        """Groups in the whole optimizer step, over accumulated batches and ranks."""
+        """Count the groups in the whole optimizer step, over accumulated batches and ranks."""
         if is_stream(self.train_dataset):
-            self.counts = self.stream_watch.see(batch_samples, self.accelerator)
+            self.counts = self.stream_monitor.update(batch_samples, self.accelerator)
         groups = sum(len(batch.group_sizes) for batch in batch_samples)
         total: Tensor = self.accelerator.reduce(torch.tensor(float(groups), device=device), reduction="sum")
         return total / self._share[1]
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Forward and backward, cut as ``micro_batch_size`` and ``split_groups`` ask for.
+        """Run forward and backward, cut by ``micro_batch_size`` and ``split_groups``.
 
         See :mod:`lce_trainer.training.step`.
         """
-        self.tally.start()
+        self.step_sums.start()
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         model.train()
@@ -238,7 +238,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """This batch's share of the step's loss: its groups' losses, over the groups of the step.
+        """Return this batch's share of the step's loss: its groups' losses, over the groups of the step.
 
         Args:
             model: As wrapped for training.
@@ -256,12 +256,12 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         scores = self._scores(model, inputs.pairs, bool(len(inputs.group_sizes)))
         if len(inputs.group_sizes):
             loss, grid = self._loss(scores, inputs, num_items_in_batch)
-        else:  # a batch that only keeps this rank in step with the others
+        else:  # a batch that only has this rank run the model as often as the others
             loss, grid = scores.sum() * 0, scores.new_zeros(0, 0)
         return (loss, grid) if return_outputs else loss
 
     def _loss(self, scores: Tensor, batch: Batch, num_items_in_batch: Tensor | int) -> tuple[Tensor, Tensor]:
-        """What the pairs' scores cost, and the scores by group, shape ``(groups, width)``."""
+        """Return the loss of the pairs' scores, and the scores by group, shape ``(groups, width)``."""
         grid = batch.by_group(scores)
         mask, target = (part.to(grid.device, non_blocking=True) for part in (batch.mask, batch.target))
         teacher = batch.by_group(batch.teacher_scores, math.nan).to(grid.device, non_blocking=True)
@@ -270,21 +270,21 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad():
             guessing = self._group_losses(torch.zeros_like(grid), target, mask, teacher)
             if not self._share[0]:  # of those that share groups one counts them
-                self.tally.add_groups(grid.detach(), mask, target, losses.detach(), guessing)
+                self.step_sums.add_groups(grid.detach(), mask, target, losses.detach(), guessing)
                 tokens, cut = int(batch.pairs.lengths.sum()), int(batch.is_cut.sum())
-                self.tally.add_counts(pairs=len(batch.labels), tokens=tokens, cut_pairs=cut)
+                self.step_sums.add_counts(pairs=len(batch.labels), tokens=tokens, cut_pairs=cut)
         # Ranks average their gradients, so a sum over ranks is wanted back.
         return losses.sum() * (self.accelerator.num_processes / num_items_in_batch), grid
 
     def _group_losses(self, grid: Tensor, target: Tensor, mask: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of each group, shape ``(groups,)``."""
+        """Compute the loss of each group, shape ``(groups,)``."""
         args = self.args
         return group_losses(
             grid, target, mask, teacher, args.temperature, args.distillation_weight, args.distillation_temperature
         )
 
     def _scores(self, model: nn.Module, pairs: EncodedPairs, is_counted: bool = True) -> Tensor:
-        """Logit of each pair, shape ``(pairs,)``, in one graph."""
+        """Compute the logit of each pair, shape ``(pairs,)``, in one graph."""
         device = self.args.device
         if packs(self.model):
             scores, tokens = packed_scores(model, pairs, self.model.config, device), int(pairs.lengths.sum())
@@ -292,7 +292,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             padding = (self._bucket_overhead, self.args.pad_to_multiple_of)
             scores, tokens = padded_scores(model, pairs, self.model, self.processing_class, device, *padding)
         if is_counted:
-            self.tally.add_counts(padded_tokens=tokens)
+            self.step_sums.add_counts(padded_tokens=tokens)
         return scores
 
     # ---- logs
@@ -300,7 +300,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the curves of the groups since the last log."""
         if "loss" in logs:
-            logs.update(curves(self.watch.look(self.state.global_step)))
+            logs.update(curves(self.learning_monitor.collect(self.state.global_step)))
         super().log(logs, start_time)
 
     # ---- evaluation
@@ -308,7 +308,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """nDCG@10, MRR@10, MAP@10 and the loss, as ``eval_ndcg@10`` and so on.
+        """Return nDCG@10, MRR@10, MAP@10 and the loss, as ``eval_ndcg@10`` and so on.
 
         Several sets give ``eval_NAME_ndcg@10``, and ``eval_ndcg@10`` is then their plain mean.
         """
@@ -353,7 +353,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         metrics = group_metrics(scores, labels, args.temperature, query_ids)
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
-        self.tally.pause(time.perf_counter() - started)
+        self.step_sums.exclude_time(time.perf_counter() - started)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=scores, label_ids=labels, metrics=named, num_samples=len(labels))
 
@@ -402,7 +402,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
         Args:
             resume_from_checkpoint: A checkpoint's folder, or True for the newest one under ``output_dir`` that
                 verifies; those that do not are named in the log, and without any the run starts anew.
-            **kwargs: As ``transformers.Trainer`` takes them.
+            **kwargs: Those of ``transformers.Trainer.train``.
 
         Raises:
             TrainingError: The checkpoint is missing or damaged, or training cannot go on.
@@ -434,7 +434,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """A plain checkpoint that every loader scores alike; settings as JSON, never as a pickle."""
+        """Write a plain checkpoint that every loader scores alike; settings as JSON, never as a pickle."""
         folder = Path(output_dir or self.args.output_dir)
         set_scoring_config(self.model, self.processing_class, self.args.max_length)
         super()._save(str(folder), state_dict)
@@ -472,7 +472,7 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
         Args:
             output_dir: Where transformers writes on its own; one named like a checkpoint is that of a run, any other
-                folder is for everyone. None: where the user says.
+                folder is for everyone. None: where the user chooses.
         """
         if self.is_deepspeed_enabled:
             return bool(self.deepspeed is None)  # nothing was left to train
@@ -516,7 +516,7 @@ def prepare_model(
         peft_config: Adapters to train, see :func:`lce_trainer.model.adapters.add_adapters`.
 
     Raises:
-        TrainingError: They do not fit together, or there is no such model.
+        TrainingError: They do not belong together, or there is no such model.
         ConfigError: The package of a ``package:`` name is missing.
     """
     if isinstance(model, (str, Path)):

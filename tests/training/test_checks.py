@@ -85,7 +85,7 @@ def test_several_gpus_in_one_process_are_not_used_behind_your_back(tmp_path, cap
     args._n_gpu = 2
     assert args.train_batch_size == 6
     trainer = LCETrainer(lively_model(), args, train_dataset=make_groups(4), processing_class=build_tokenizer())
-    assert "sees 2 GPUs and trains on one of them: start it with accelerate launch" in caplog.text
+    assert "has 2 GPUs and trains on one of them: start it with accelerate launch" in caplog.text
     assert trainer.args.n_gpu == 1 and trainer._train_batch_size == 3
     assert not isinstance(trainer._wrap_model(trainer.model), torch.nn.DataParallel)
 

@@ -106,7 +106,7 @@ def test_forecasting_leaves_no_trace(tmp_path):
     torch.manual_seed(5)
     trainer.model.eval()
     trainer.forecast()
-    assert not trainer.model.training and trainer.tally.take(trainer.accelerator)["pairs"] == 0
+    assert not trainer.model.training and trainer.step_sums.collect(trainer.accelerator)["pairs"] == 0
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     torch.manual_seed(5)

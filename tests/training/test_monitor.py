@@ -37,7 +37,7 @@ def said(caplog):
 
 def test_queries_are_the_same_whatever_their_case_and_outer_spaces(said):
     dev = groups((" Red FISH ", ["new", "newer"], [1, 0]), ("green tree", ["new", "newer"], [1, 0]))
-    assert said(dev) == ["dev: 1 of its 2 queries are also trained on, so its figures say too much"]
+    assert said(dev) == ["dev: 1 of its 2 queries are also trained on, so its figures are too high"]
 
 
 def test_passages_are_counted_and_so_are_those_relevant_in_both(said):

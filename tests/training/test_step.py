@@ -127,13 +127,13 @@ def test_what_is_logged_is_counted_once(tmp_path):
     logs = []
     for pairs in (None, 6, 2):
         trainer = make_trainer(tmp_path, make_groups(4), micro_batch_size=pairs, **run)
-        tallied = []
-        take = trainer.tally.take
-        trainer.tally.take = lambda accelerator, take=take, tallied=tallied: (
-            tallied.append(take(accelerator)) or tallied[-1]
+        collected = []
+        collect = trainer.step_sums.collect
+        trainer.step_sums.collect = lambda accelerator, collect=collect, collected=collected: (
+            collected.append(collect(accelerator)) or collected[-1]
         )
         trainer.train()
-        logs.append({**tallied[0], "logged": trainer.state.log_history[0]["loss"]})
+        logs.append({**collected[0], "logged": trainer.state.log_history[0]["loss"]})
     assert logs[0]["cut_pairs"] > 0
     for log in logs:
         for name in log.keys() - {"seconds"}:
@@ -175,7 +175,7 @@ def test_a_batch_of_no_group_adds_nothing(tmp_path):
     loss = trainer.training_step(trainer.model, batch.take([]), 4)
     assert float(loss) == 0
     assert all(float(gradient.abs().max()) == 0 for gradient in gradients(trainer).values())
-    assert trainer.tally.take(trainer.accelerator)["pairs"] == 0
+    assert trainer.step_sums.collect(trainer.accelerator)["pairs"] == 0
 
 
 MEMORY = """

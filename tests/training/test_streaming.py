@@ -176,7 +176,7 @@ def test_groups_that_teach_nothing_are_skipped_counted_and_reported(straight, tm
     assert_same(weights(trainer), straight, 1e-6)
     lines = [record.getMessage() for record in caplog.records if "over the stream" in record.getMessage()]
     assert lines == [
-        f"pass {i} over the stream: 15 groups read, 4 left out: 2 without a positive, 2 without a negative"
+        f"pass {i} over the stream: 15 groups read, 4 dropped: 2 without a positive, 2 without a negative"
         for i in (1, 2, 3)
     ]
     assert trainer.counts == {
@@ -246,7 +246,7 @@ def test_two_ranks_train_and_resume_a_stream_as_one(straight, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": root}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("pass 1 over the stream: 14 groups read, 3 left out") >= 1
+    assert done.stderr.count("pass 1 over the stream: 14 groups read, 3 dropped") >= 1
     result = torch.load(tmp_path / "result.pt")
     assert result["ranks"] == 2
     assert_same(result["after"], straight, 1e-6)
@@ -266,7 +266,7 @@ def test_queries_that_a_stream_shares_with_the_evaluation_are_reported_when_they
     make_trainer(tmp_path, rows.to_iterable_dataset(), **run, eval_dataset={"dev": dev}).train()
     said = [record.getMessage() for record in caplog.records if "also evaluated on" in record.getMessage()]
     assert said == [
-        "1 of the first 8 groups of the stream have queries that are also evaluated on, so those figures say too much"
+        "1 of the first 8 groups of the stream have queries that are also evaluated on, so those figures are too high"
     ]
     caplog.clear()
     make_trainer(tmp_path, rows.to_iterable_dataset(), **run, eval_dataset=make_groups(3, seed=5)).train()
