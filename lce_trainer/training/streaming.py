@@ -154,7 +154,8 @@ class StreamedGroups(IterableDataset[Row | None]):
                 batch = places[start : start + self.batch]
                 digest = zlib.crc32("\0".join(row["query_id"] for row in batch if row).encode())
                 yield [
-                    row and {**row, "stream_position": row["stream_position"]._replace(digest=digest)} for row in batch
+                    row and {**row, "stream_position": StreamPosition(*row["stream_position"][:-1], digest)}
+                    for row in batch
                 ]
         if not steps:
             raise TrainingError(f"the stream holds less than one step of {self.step} groups: no dataloader_drop_last")
@@ -286,7 +287,7 @@ class StreamMonitor(TrainerCallback):  # type: ignore[misc]
         nowhere = StreamPosition(*[-1] * 6)
         last = next((position for position in reversed(positions) if position), nowhere)
         first = (positions[0] if positions else None) or nowhere
-        own = last._replace(digest=first.digest)
+        own = StreamPosition(*last[:-1], first.digest)
         ranks = accelerator.gather(torch.tensor([own], device=accelerator.device)).tolist()
         if len({digest for *_, digest in ranks} - {-1}) > 1:
             raise TrainingError(
