@@ -35,6 +35,10 @@ class StreamPosition(NamedTuple):
     shared: int
     digest: int = 0
 
+    def with_digest(self, digest: int) -> "StreamPosition":
+        """Return the same position with another checksum."""
+        return StreamPosition(self.epoch, self.read, self.no_positive, self.no_negative, self.shared, digest)
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:

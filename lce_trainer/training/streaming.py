@@ -153,10 +153,7 @@ class StreamedGroups(IterableDataset[Row | None]):
             for start in range(0, self.step, self.batch):
                 batch = places[start : start + self.batch]
                 digest = zlib.crc32("\0".join(row["query_id"] for row in batch if row).encode())
-                yield [
-                    row and {**row, "stream_position": StreamPosition(*row["stream_position"][:-1], digest)}
-                    for row in batch
-                ]
+                yield [row and {**row, "stream_position": row["stream_position"].with_digest(digest)} for row in batch]
         if not steps:
             raise TrainingError(f"the stream holds less than one step of {self.step} groups: no dataloader_drop_last")
 
@@ -287,7 +284,7 @@ class StreamMonitor(TrainerCallback):  # type: ignore[misc]
         nowhere = StreamPosition(*[-1] * 6)
         last = next((position for position in reversed(positions) if position), nowhere)
         first = (positions[0] if positions else None) or nowhere
-        own = StreamPosition(*last[:-1], first.digest)
+        own = last.with_digest(first.digest)
         ranks = accelerator.gather(torch.tensor([own], device=accelerator.device)).tolist()
         if len({digest for *_, digest in ranks} - {-1}) > 1:
             raise TrainingError(
