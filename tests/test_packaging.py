@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from helpers.paths import ROOT
 
@@ -58,19 +59,43 @@ def test_an_installed_wheel_finds_its_files(wheel, tmp_path):
     assert "generate" in done.stdout
 
 
+def project() -> dict:
+    tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pins_of(name: str) -> dict[str, str]:
+    """The one version of each package in a file of constraints."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    pins = {canonicalize_name(one.name): [pin.version for pin in one.specifier] for one in map(Requirement, lines)}
+    assert all(len(versions) == 1 for versions in pins.values())
+    return {package: version for package, (version,) in pins.items()}
+
+
 def test_every_requirement_has_a_tested_version_that_satisfies_it():
     """Also those of the extras: what nobody pins nobody has tested."""
-    tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    pinned = {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
-    wanted = project["dependencies"] + [one for extra in project["optional-dependencies"].values() for one in extra]
+    pinned, extras = pins_of("constraints.txt"), project()["optional-dependencies"].values()
     unpinned = set()
-    for requirement in map(Requirement, wanted):
+    for requirement in map(Requirement, project()["dependencies"] + [one for extra in extras for one in extra]):
         name = canonicalize_name(requirement.name)
         if name in pinned:
-            (version,) = (one.version for one in pinned[name].specifier)
-            assert requirement.specifier.contains(version), f"{requirement} is tested with {version}"
+            assert requirement.specifier.contains(pinned[name]), f"{requirement} is tested with {pinned[name]}"
         else:
             unpinned.add(name)
     assert unpinned <= {"lce-trainer", "build", "types-pyyaml", "types-tqdm"}
+
+
+def test_the_lowest_versions_tested_are_the_lowest_claimed():
+    pinned, extras = pins_of("constraints-lowest.txt"), project()["optional-dependencies"]
+    wanted = project()["dependencies"] + extras["test"] + extras["peft"] + extras["quickstart"]
+    for requirement in map(Requirement, wanted):
+        claimed = [Version(one.version) for one in requirement.specifier if one.operator in (">=", "==")]
+        if requirement.name != "lce-trainer":
+            assert claimed == [Version(pinned[canonicalize_name(requirement.name)])], str(requirement)
+
+
+def test_no_major_version_that_nobody_has_tested_is_claimed():
+    pinned = pins_of("constraints.txt")
+    for requirement in map(Requirement, project()["dependencies"]):
+        following = Version(pinned[canonicalize_name(requirement.name)]).major + 1
+        assert not requirement.specifier.contains(f"{following}.0"), str(requirement)
