@@ -176,7 +176,7 @@ class _FirstStepError(Exception):
 def run_start(folder: Path, size: int) -> None:
     """Groups into a trainer, and its first step."""
     from lce_trainer.pipeline.run import open_run
-    from lce_trainer.pipeline.train import fit_reranker
+    from lce_trainer.pipeline.stages import train
     from lce_trainer.training.trainer import LCETrainer
 
     step = LCETrainer.training_step
@@ -187,7 +187,7 @@ def run_start(folder: Path, size: int) -> None:
 
     LCETrainer.training_step = first_step
     with contextlib.suppress(_FirstStepError):
-        fit_reranker(open_run(folder / "recipe.yaml"), None)
+        train(open_run(folder / "recipe.yaml"))
 
 
 def run_score(folder: Path, size: int) -> None:
