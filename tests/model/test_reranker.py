@@ -6,9 +6,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from helpers.tiny import build_model, build_tokenizer, make_pairs
 from lce_trainer.errors import ConfigError, TrainingError
 from lce_trainer.model.crossencoder import RAW_SCORES
-from lce_trainer.model.loading import load_model
+from lce_trainer.model.loading import has_head, load_model
 from lce_trainer.model.pairs import EncodedPairs, pad_pairs
 from lce_trainer.model.reranker import Reranker
+from lce_trainer.model.saving import write_first_stage_weight
 from lce_trainer.model.scoring import scoring_batches
 
 
@@ -118,3 +119,36 @@ def test_padding_changes_no_score(checkpoint):
         torch.testing.assert_close(
             reranker.model(**padded).logits, reranker.model(input_ids=torch.tensor([ids])).logits, rtol=0, atol=1e-5
         )
+
+
+def test_a_first_stage_score_counts_as_much_as_training_found(tiny_reranker, tmp_path):
+    query, passages = "red fish", ["a red fish", "a moon", "the river falls on stone", "snow"]
+    reranker = Reranker.from_pretrained(tiny_reranker)
+    first_stage = [0.1, 0.9, 0.5, 0.2]
+    scores = reranker.score([(query, passage) for passage in passages]).astype(np.float64)
+
+    def deviations(values):
+        return (values - np.mean(values)) / np.std(values)
+
+    for weight in (None, 0.0, 0.7, 1.0):
+        if weight is not None:
+            reranker.save_pretrained(tmp_path / str(weight))
+            write_first_stage_weight(tmp_path / str(weight), weight)
+            reranker = Reranker.from_pretrained(tmp_path / str(weight))
+        share = 0.5 if weight is None else weight
+        fused = share * deviations(np.array(first_stage)) + (1 - share) * deviations(scores)
+        ranked = reranker.rank(query, passages, first_stage_scores=first_stage)
+        assert [found.index for found in ranked] == np.argsort(-fused).tolist()
+        assert [found.score for found in ranked] == pytest.approx(sorted(fused, reverse=True), abs=1e-5)
+    equal = reranker.rank(query, passages, first_stage_scores=[1.0] * 4)
+    assert [found.score for found in equal] == [0.0] * 4
+    assert reranker.rank(query, [], first_stage_scores=[]) == []
+    with pytest.raises(TrainingError, match="3 first_stage_scores for 4 passages"):
+        reranker.rank(query, passages, first_stage_scores=[1.0, 2.0, 3.0])
+
+
+def test_a_model_that_ranks_as_it_is_has_a_head(tiny_reranker, tmp_path):
+    assert has_head(tiny_reranker)
+    model = Reranker.from_pretrained(tiny_reranker).model
+    model.bert.save_pretrained(tmp_path)
+    assert not has_head(tmp_path)
