@@ -163,13 +163,18 @@ def write_manifest(
         facts=dict(facts or {}),
     )
     part = path / f".{MANIFEST}.part"
-    record = asdict(manifest)
     with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({**record, "sha256": _own_sha256(record)}, indent=2, sort_keys=True) + "\n")
+        file.write(manifest_text(manifest))
         file.flush()
         os.fsync(file.fileno())
     part.replace(path / MANIFEST)
     return manifest
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Return what stands in a manifest's file: JSON, with a SHA-256 over the rest of it."""
+    record = asdict(manifest)
+    return json.dumps({**record, "sha256": _own_sha256(record)}, indent=2, sort_keys=True) + "\n"
 
 
 def _own_sha256(record: Mapping[str, Any]) -> str:

@@ -142,6 +142,8 @@ def parser() -> argparse.ArgumentParser:
         )
         if name == "publish":
             command.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
+            command.add_argument("--create-pr", action="store_true", help="open pull requests, and commit nothing")
+            command.add_argument("--revision", metavar="BRANCH", help="publish to a branch, and not to main")
             command.add_argument(
                 "--include-passages", action="store_true", help="publish the corpus' passages without a licence too"
             )
@@ -228,7 +230,14 @@ def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
     from lce_trainer.pipeline import stages
 
     if arguments.command == "publish":
-        print(stages.publish(run, dry_run=arguments.dry_run, include_passages=arguments.include_passages))
+        published = stages.publish(
+            run,
+            dry_run=arguments.dry_run,
+            include_passages=arguments.include_passages,
+            revision=arguments.revision,
+            create_pr=arguments.create_pr,
+        )
+        print(published)
         return 0
     works: dict[str, Callable[[], str | None]] = {
         "generate": lambda: stages.generate(run),

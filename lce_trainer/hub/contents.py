@@ -8,8 +8,9 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from lce_trainer.artifacts import MANIFEST, read_manifest
+from lce_trainer.artifacts import MANIFEST, manifest_text, read_manifest
 from lce_trainer.errors import PublishError
 from lce_trainer.hub.privacy import is_local, names_only
 
@@ -73,6 +74,31 @@ class Repo:
             name: content.stat().st_size if isinstance(content, Path) else len(content)
             for name, content in self.files.items()
         }
+
+    @cached_property
+    def hashes(self) -> dict[str, tuple[str, str]]:
+        """SHA-256 of each file, and the SHA-1 by which git names it, by its name in the repo."""
+        return {name: _hashes(content) for name, content in self.files.items()}
+
+
+def _hashes(content: Path | bytes) -> tuple[str, str]:
+    size = content.stat().st_size if isinstance(content, Path) else len(content)
+    sha256, sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+            sha1.update(block)
+    return sha256.hexdigest(), sha1.hexdigest()
+
+
+def is_ours(repo_type: str, name: str) -> bool:
+    """Whether a file of a repo is one that a publish leaves there, and that would be loaded in place of new ones."""
+    if repo_type == "model":
+        return matches(name, WEIGHTS)
+    folder, _, file = name.rpartition("/")
+    if not folder:  # where the groups lay before they were a config among others
+        return name in (MANIFEST, "train.parquet")
+    return folder in CONFIGS and (file == MANIFEST or file.endswith(".parquet"))
 
 
 def model_repo(repo_id: str, folder: Path, card: str, recipe: str | None = None) -> Repo:
@@ -137,8 +163,10 @@ def dataset_repo(repo_id: str, artifacts: Mapping[str, Path], card: str, left_ou
             for name, content in tables.items()
         }
         public = replace(manifest, config=names_only(manifest.config), facts=names_only(manifest.facts), files=about)
-        text = json.dumps(asdict(public), indent=2, sort_keys=True) + "\n"
-        files |= {f"{config}/{MANIFEST}": text.encode(), **{f"{config}/{name}": at for name, at in tables.items()}}
+        files |= {
+            f"{config}/{MANIFEST}": manifest_text(public).encode(),
+            **{f"{config}/{name}": at for name, at in tables.items()},
+        }
     return Repo(_repo_id(repo_id), "dataset", files, tuple(left_out))
 
 

@@ -174,10 +174,24 @@ def stages_of(run: Run) -> tuple[str, ...]:
     return (*making, "train", *(("evaluate",) if is_judged(run) else ()))
 
 
-def publish(run: Run, *, dry_run: bool = False, include_passages: bool = False) -> Published:
+def publish(
+    run: Run,
+    *,
+    dry_run: bool = False,
+    include_passages: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> Published:
     """Publish the model and what it was trained on, each with its card; nothing is written into the run's folder."""
     contents = repos(run, include_passages)
-    return upload(*contents, private=run.recipe.publish.private, dry_run=dry_run, folders=[run.root])
+    return upload(
+        *contents,
+        private=run.recipe.publish.private,
+        dry_run=dry_run,
+        folders=[run.root],
+        revision=revision,
+        create_pr=create_pr,
+    )
 
 
 def _judge_prompt(config: LabelConfig) -> str:

@@ -113,6 +113,8 @@ class HubServer(ThreadingHTTPServer):
         requests: Method, path and whether the request was authorised, in order.
         failures: Status to answer with, by a regular expression that ``METHOD path`` must contain.
         cut_at: Number of the request, from 0 and from when this was set, from which on the connection is cut.
+        damaged: Name of a file of which other bytes are kept than those sent.
+        lose_answer: End of the paths of the requests whose answers are lost, though they are carried out.
         cut_how: Whether that request is cut off before it is read, in its body, or before its answer comes.
     """
 
@@ -127,6 +129,8 @@ class HubServer(ThreadingHTTPServer):
         self.expected: dict[str, tuple[str, int]] = {}
         self.requests: list[tuple[str, str, bool]] = []
         self.failures: dict[str, int] = {}
+        self.damaged: str | None = None
+        self.lose_answer: str | None = None
         self.cut_at: int | None = None
         self.cut_how: Literal["before", "during", "after"] = "before"
         self.lock = threading.RLock()
@@ -207,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
             self._hang_up()
             return
         self.body = self.rfile.read(size)
-        self.answers = how is None
+        self.answers = how is None and not (self.server.lose_answer and self.path.endswith(self.server.lose_answer))
         parts = urlsplit(self.path)
         path, self.query = unquote(parts.path), parse_qs(parts.query)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -499,6 +503,9 @@ class Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
             else:
                 raise Refusal(400, f"cannot {operation['key']} {value['path']}")
+        if self.server.damaged in files:
+            blob = files[self.server.damaged]
+            files[self.server.damaged] = Blob(b"not " + blob.content, blob.lfs)
         oid = repo.commit(header["value"]["summary"], files, revision)
         self._json({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}"})
 

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from helpers.hub_client import READER, TOKEN, client
-from helpers.hub_server import HubServer
+from helpers.hub_server import Blob, HubServer
 from lce_trainer.artifacts import save_artifact
 from lce_trainer.errors import ArtifactError, PublishError
 from lce_trainer.groups.schema import GROUPS_FEATURES
@@ -238,7 +238,7 @@ def test_what_the_hub_answers_becomes_one_line_without_the_token(
 
 
 def test_a_model_that_fails_after_the_dataset_says_what_is_done(folders, hub, online):
-    hub.failures["api/models/user/tiny/commit"] = 503
+    hub.failures["api/models/user/tiny/commit/main"] = 503
     with pytest.raises(PublishError, match=r"model user/tiny was not published: .*user/tiny-groups is published alrea"):
         run(folders, hub)
     hub.failures.clear()
@@ -298,3 +298,147 @@ def test_a_repo_name_that_the_hub_cannot_have_is_an_error(folders, hub, name):
     with pytest.raises(PublishError, match=re.escape(repr(name))) as error:
         run(folders, hub, model_id=name, dry_run=True)
     assert "\n" not in str(error.value)
+
+
+def readers_see(hub: HubServer) -> dict[tuple[str, str], dict[str, bytes]]:
+    """What lies on the main branch of every repo."""
+    seen = {}
+    for key in hub.repos:
+        seen[key] = hub.files(*key)
+        del seen[key][".gitattributes"]
+    return seen
+
+
+def test_what_is_uploaded_is_checked_on_a_branch_that_is_then_gone(folders, hub, online):
+    run(folders, hub)
+    assert [list(repo.refs) for repo in hub.repos.values()] == [["main"], ["main"]]
+    paths = [path for _, path, _ in hub.requests]
+    shown = [i for i, path in enumerate(paths) if path.endswith("/commit/main")]
+    staged = [i for i, path in enumerate(paths) if path.endswith("/commit/lce-trainer-upload")]
+    checked = [i for i, path in enumerate(paths) if path.endswith("/tree/lce-trainer-upload")]
+    assert len(staged) == len(shown) == 2
+    assert max(staged) < checked[-1] < min(shown), "both repos are on the Hub whole before one is shown"
+
+
+@pytest.mark.parametrize("file", ["README.md", "groups/train.parquet", "model.safetensors"])
+def test_bytes_that_the_hub_holds_otherwise_are_never_shown(folders, hub, online, file):
+    hub.damaged = file
+    with pytest.raises(PublishError, match=rf"was not published: the Hub holds other bytes .*{file}"):
+        run(folders, hub)
+    assert not any(readers_see(hub).values())
+    hub.damaged = None
+    assert all(upload.changed for upload in run(folders, hub).uploads)
+
+
+def change(folders) -> None:
+    """Another model, another dataset, and another card of both."""
+    for folder in folders:
+        (folder / "README.md").write_text((folder / "README.md").read_text() + "\nsecond\n")
+    model = AutoModelForSequenceClassification.from_pretrained(folders[0])
+    torch.nn.init.ones_(model.classifier.weight)
+    model.save_pretrained(folders[0])
+    table = datasets.Dataset.from_parquet(str(folders[1] / "train.parquet"))
+    tables = {"train": datasets.concatenate_datasets([table, table])}
+    save_artifact(folders[1], tables, kind="groups", config={}, inputs={}, counts={"groups": 2})
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first upload", "later upload"])
+@pytest.mark.parametrize("moment", range(10))
+def test_a_cut_connection_shows_no_reader_half_and_a_rerun_completes_it(
+    folders, hub, online, monkeypatch, moment, first
+):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    with HubServer(tokens={TOKEN: "user"}) as whole:  # how many requests there are, and what comes of them
+        if not first:
+            run(folders, whole)
+            run(folders, hub)
+        before = readers_see(hub)
+        if not first:
+            change(folders)
+        asked = len(whole.requests)
+        run(folders, whole)
+        after, total = readers_see(whole), len(whole.requests) - asked
+    hub.cut_at = round(moment * (total - 1) / 9)
+    hub.cut_how = ("before", "during", "after")[moment % 3]
+    with pytest.raises(PublishError) as error:
+        run(folders, hub)
+    assert "\n" not in str(error.value)
+    for key, seen in readers_see(hub).items():
+        assert seen in (before.get(key, {}), after[key])
+    hub.cut_at = None
+    arrived, asked = set(hub.large), len(hub.requests)
+    run(folders, hub)
+    assert readers_see(hub) == after
+    assert [list(repo.refs) for repo in hub.repos.values()] == [["main"], ["main"]]
+    sent = [path for command, path, _ in hub.requests[asked:] if command == "PUT"]
+    assert len(sent) == len(set(hub.large) - arrived), "what had arrived is not sent again"
+    assert [upload.changed for upload in run(folders, hub).uploads] == [False, False]
+
+
+def test_a_commit_whose_answer_is_lost_counts_as_made(folders, hub, online):
+    hub.lose_answer = "/commit/main"
+    assert [upload.changed for upload in run(folders, hub).uploads] == [True, True]
+    assert [upload.changed for upload in run(folders, hub).uploads] == [False, False]
+
+
+def test_a_branch_can_be_published_to(folders, hub, online):
+    published = run(folders, hub, revision="v2")
+    assert not any(readers_see(hub).values())
+    for upload in published.uploads:
+        repo = hub.repos[upload.repo_type, upload.repo_id]
+        assert set(repo.refs) == {"main", "v2"}
+        assert set(upload.files) == set(repo.at("v2")[1]) - {".gitattributes"}
+        assert upload.url.endswith(f"{upload.repo_id}/tree/v2") and upload.commit == repo.at("v2")[0]
+    assert str(published).count("published to v2: ") == 2
+    assert [upload.changed for upload in run(folders, hub, revision="v2").uploads] == [False, False]
+    for name in ("refs/pr/1", "a b", ""):
+        with pytest.raises(PublishError, match="--revision must be the name of a branch"):
+            run(folders, hub, revision=name)
+
+
+def test_a_pull_request_is_opened_once_and_by_whoever_may_read(folders, hub, online):
+    run(folders, hub, private=False)
+    before = readers_see(hub)
+    change(folders)
+    published = run(folders, hub, private=False, create_pr=True, token=READER)
+    assert readers_see(hub) == before
+    for upload in published.uploads:
+        repo = hub.repos[upload.repo_type, upload.repo_id]
+        (pull,) = repo.pulls
+        assert (pull.author, pull.status) == ("someone-else", "open")
+        assert upload.url.endswith(f"{upload.repo_id}/discussions/1") and upload.changed
+        assert {name: len(blob.content) for name, blob in repo.at("refs/pr/1")[1].items() if name[0] != "."} == (
+            upload.files
+        )
+    again = run(folders, hub, private=False, create_pr=True, token=READER)
+    assert [upload.changed for upload in again.uploads] == [False, False]
+    (folders[0] / "README.md").write_text("third")
+    run(folders, hub, private=False, create_pr=True, token=READER)
+    assert {len(repo.pulls) for repo in hub.repos.values()} == {1}
+    assert hub.repos["model", "user/tiny"].at("refs/pr/1")[1]["README.md"].content == b"third"
+    with pytest.raises(PublishError, match="exclude each other"):
+        run(folders, hub, create_pr=True, revision="v2")
+
+
+def test_a_pull_request_with_what_main_holds_already_is_not_opened(folders, hub, online):
+    run(folders, hub)
+    assert [upload.changed for upload in run(folders, hub, create_pr=True).uploads] == [False, False]
+    assert not any(repo.pulls for repo in hub.repos.values())
+
+
+def test_tables_of_an_earlier_publish_that_do_not_go_any_more_are_deleted(folders, hub, online):
+    run(folders, hub)
+    repo = hub.repos["dataset", "user/tiny-groups"]
+    mine = {"passages/train.parquet": Blob(b"texts", lfs=True), "notes.md": Blob(b"the user's own", lfs=False)}
+    repo.commit("by hand", {**repo.at("main")[1], **mine})
+    run(folders, hub)
+    assert set(hub.files("dataset", "user/tiny-groups")) == {".gitattributes", "notes.md", *GROUPS_FILES}
+
+
+def test_a_dry_run_says_how_much_goes_where(folders, hub):
+    for settings, where in (({}, ""), ({"revision": "v2"}, " to v2"), ({"create_pr": True}, " to a pull request")):
+        listed = run(folders, hub, dry_run=True, token=None, **settings)
+        text = str(listed)
+        sizes = [size for upload in listed.uploads for size in upload.files.values()]
+        assert text.endswith(f"\n{sum(sizes):,} bytes in all")
+        assert text.count(f"bytes, would go{where} (dry run)") == 2

@@ -1,11 +1,13 @@
 """What a run publishes is true, and says nothing about the machine it was made on."""
 
+import hashlib
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +18,7 @@ import yaml
 from helpers.hub_client import TOKEN
 from helpers.hub_server import HubServer, metadata_errors
 from helpers.tiny_recipe import write_recipe
-from lce_trainer.artifacts import file_sha256, read_manifest
+from lce_trainer.artifacts import manifest_text, read_manifest
 from lce_trainer.cli import main
 from lce_trainer.errors import ArtifactError, ConfigError, PublishError
 from lce_trainer.hub.contents import Repo
@@ -39,11 +41,10 @@ def copied(finished, tmp_path):
 
 
 def edit_manifest(folder: Path, **changes) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest.pop("sha256", None)  # as an earlier version wrote it, which had no hash of its own
-    for key, value in changes.items():
-        manifest[key] = {**manifest[key], **value}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    """Write a finished artifact's manifest anew, with other entries in its mappings."""
+    manifest = read_manifest(folder)
+    changed = {key: {**getattr(manifest, key), **value} for key, value in changes.items()}
+    (folder / "manifest.json").write_text(manifest_text(replace(manifest, **changed)))
 
 
 def card(repo: Repo) -> str:
@@ -114,9 +115,6 @@ def test_language_and_licence_are_those_that_are_known(copied):
 def test_the_language_that_the_corpus_was_read_in_goes_before_the_setting(finished, tmp_path, caplog):
     root = finished.copy(tmp_path / "run", *ALL)
     edit_manifest(root / "passages", facts={"language": "ja"})
-    for name in ("queries", "candidates", "groups"):  # made from the passages
-        after = read_manifest(root / "passages").digest
-        edit_manifest(root / name, inputs={"passages": after})
     facts = [
         open_run(finished.recipe, [f"run_dir={root}", *NAMES, setting])
         for setting in ("publish.language=null", "publish.language=en")
@@ -297,9 +295,11 @@ def test_a_path_that_gets_into_a_file_all_the_same_stops_the_upload(finished, tm
     size = (root / "model" / "config.json").stat().st_size
     config = json.loads((root / "model" / "config.json").read_text())
     text = json.dumps({**config, "note": str(root / "s")}).ljust(size)[: size - 1] + "\n"
+    manifest = read_manifest(root / "model")
     (root / "model" / "config.json").write_text(text)
-    sha256 = file_sha256(root / "model" / "config.json")
-    edit_manifest(root / "model", files={"config.json": {"bytes": len(text), "sha256": sha256}})
+    about = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    changed = replace(manifest, files={**manifest.files, "config.json": about})
+    (root / "model" / "manifest.json").write_text(manifest_text(changed))
     shutil.rmtree(root / "evaluation")
     assert main(arguments) == 2
     assert f"config.json holds the path {root} of this machine" in capsys.readouterr().err
