@@ -268,3 +268,25 @@ def test_an_installed_wheel_finds_the_model_cards_template_in_the_package(tmp_pa
 def test_a_dataset_card_needs_finished_groups(tmp_path, facts):
     with pytest.raises(ArtifactError, match=r"no manifest\.json"):
         write_dataset_card(tmp_path, facts)
+
+
+def test_a_language_that_is_no_code_is_an_error_and_none_is_assumed(tmp_path, facts, groups):
+    for write, folder in ((write_model_card, tmp_path), (write_dataset_card, groups)):
+        assert not {"language", "license"} & metadata(write(folder, facts)).keys()
+        assert metadata(write(folder, replace(facts, language=("zh-Hant", "de"))))["language"] == ["zh-Hant", "de"]
+        with pytest.raises(PublishError, match="'german' is no language code"):
+            write(folder, replace(facts, language=("german",)))
+
+
+def test_the_cards_link_to_each_other_to_base_language_model_corpus_and_papers(tmp_path, facts, groups):
+    facts = replace(facts, llm="google/gemma-3-270m", corpus_source="user/fish-documents")
+    model, dataset = (
+        path.read_text() for path in (write_model_card(tmp_path, facts), write_dataset_card(groups, facts))
+    )
+    for text in (model, dataset):
+        assert "(https://huggingface.co/google/gemma-3-270m)" in text
+        assert "(https://huggingface.co/datasets/user/fish-documents)" in text
+        assert "2510.01229" in text and "(https://ai.google.dev/gemma/terms)" in text
+    assert "(https://huggingface.co/datasets/user/fish-groups)" in model and "papers/2101.08751" in model
+    assert "(https://huggingface.co/microsoft/MiniLM-L12-H384-uncased)" in model
+    assert "(https://huggingface.co/user/fish-reranker)" in dataset

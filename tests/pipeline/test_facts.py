@@ -20,7 +20,7 @@ from helpers.hub_server import HubServer, metadata_errors
 from helpers.tiny_recipe import write_recipe
 from lce_trainer.artifacts import manifest_text, read_manifest
 from lce_trainer.cli import main
-from lce_trainer.errors import ArtifactError, ConfigError, PublishError
+from lce_trainer.errors import ArtifactError, ConfigError
 from lce_trainer.hub.contents import Repo
 from lce_trainer.pipeline.facts import _language, gather_facts, repos
 from lce_trainer.pipeline.run import Run, open_run
@@ -102,25 +102,33 @@ def test_each_table_says_which_candidates_were_reranked(finished, tmp_path, caps
 
 def test_language_and_licence_are_those_that_are_known(copied):
     run = copied()
+    language = read_manifest(run.root / "passages").facts["language"]
     for text in map(card, repos(run)):
-        assert not {"language", "license"} & metadata(text).keys()
+        assert metadata(text)["language"] == [language] and "license" not in metadata(text)
         assert "No license is given" in text
-    for text in map(card, repos(copied("publish.language=de, fr", "publish.license=mit"))):
-        assert metadata(text)["language"] == ["de", "fr"] and metadata(text)["license"] == "mit"
+    for text in map(card, repos(copied("publish.license=mit"))):
+        assert metadata(text)["license"] == "mit"
         assert "`mit`, chosen by its publisher." in text
-    with pytest.raises(PublishError, match="'german' is no language code"):
-        repos(copied("publish.language=german"))
 
 
-def test_the_language_that_the_corpus_was_read_in_goes_before_the_setting(finished, tmp_path, caplog):
-    root = finished.copy(tmp_path / "run", *ALL)
-    edit_manifest(root / "passages", facts={"language": "ja"})
-    facts = [
-        open_run(finished.recipe, [f"run_dir={root}", *NAMES, setting])
-        for setting in ("publish.language=null", "publish.language=en")
-    ]
-    assert [_language(run, True) for run in facts] == [("ja",), ("ja",)]
-    assert "publish.language is" in caplog.text
+@pytest.mark.parametrize(
+    ("found", "setting", "own", "language"),
+    [
+        ("ja", "null", True, ("ja",)),
+        ("ja", "en", True, ("ja",)),
+        (["de", "fr"], "null", True, ("de", "fr")),
+        (None, "de, fr", True, ("de", "fr")),
+        (None, "null", True, ()),
+        ("ja", "de", False, ("de",)),  # groups made elsewhere: not of this corpus
+    ],
+)
+def test_the_language_that_the_corpus_was_read_in_goes_before_the_setting(
+    finished, tmp_path, found, setting, own, language
+):
+    root = finished.copy(tmp_path / "run", "passages")
+    edit_manifest(root / "passages", facts={"language": found})
+    run = open_run(finished.recipe, [f"run_dir={root}", f"publish.language={setting}"])
+    assert _language(run, own) == language
 
 
 @pytest.mark.parametrize(
