@@ -45,6 +45,10 @@ first steps:
   lce-trainer config generate            what can be set for a stage
   lce-trainer publish recipe.yaml publish.model_id=you/name --dry-run
 """
+_CONVERT_EPILOG = """\
+A modular CrossEncoder of sentence-transformers, such as Ettin's, becomes the AutoModelForSequenceClassification that
+computes the same scores; adapters are merged into their base. What cannot be converted exactly is refused.
+"""
 _INIT_EPILOG = """\
 examples:
   lce-trainer init docs/
@@ -147,6 +151,9 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--include-passages", action="store_true", help="publish the corpus' passages without a licence too"
             )
+    convert = add("convert", "write a reranker as a plain checkpoint, without training", _CONVERT_EPILOG)
+    convert.add_argument("source", help="a Hub id or folder: a modular CrossEncoder, or adapters with their base")
+    convert.add_argument("folder", type=Path, help="the folder to write, new or empty")
     return command_line
 
 
@@ -184,6 +191,9 @@ def _run(arguments: argparse.Namespace) -> int:
             return 0
         if arguments.command == "init":
             print(_init(arguments.corpus, arguments.output, arguments.overrides))
+            return 0
+        if arguments.command == "convert":
+            print(_convert(arguments.source, arguments.folder))
             return 0
         from lce_trainer.pipeline.run import open_run
 
@@ -224,6 +234,18 @@ def _init(corpus: str, output: Path, overrides: Sequence[str]) -> str:
     return (
         f"{text.splitlines()[0].removeprefix('# ')}\nWrote {output}. Read it, then run it:\n  lce-trainer run {output}"
     )
+
+
+def _convert(source: str, folder: Path) -> str:
+    """Write a reranker as a plain checkpoint and return what was written."""
+    from lce_trainer.errors import ConfigError
+    from lce_trainer.model.reranker import Reranker
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty: name a new folder, so that nothing is overwritten")
+    reranker = Reranker.from_pretrained(source, device="cpu", packing="none")
+    reranker.save_pretrained(folder)
+    return f"Wrote {folder}, a plain {type(reranker.model).__name__} that scores as {source} does."
 
 
 def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:

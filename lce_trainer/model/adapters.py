@@ -5,18 +5,21 @@ The folder of a trained adapter holds the adapter, the head and the tokenizer, a
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lce_trainer.compat import find_file
 from lce_trainer.distributed import without_sharding
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.families import head_modules
 from lce_trainer.model.yes_no import is_language_model
+from lce_trainer.pretrained import failed
 from lce_trainer.settings import option
 
 
@@ -73,10 +76,10 @@ def add_adapters(model: PreTrainedModel, peft_config: Any, mixed_precision: bool
 
 
 def keep_trainable(model: Any) -> None:
-    """See to it that gradients go through a base that bitsandbytes has quantized, whatever is done between two steps.
+    """Keep gradients flowing through a base that bitsandbytes has quantized, whatever is done between two steps.
 
     A 4-bit layer that is evaluated on a CPU with AVX512-BF16 is laid out for inference, for good, by an operator that
-    gives no gradient back: the adapters below it would stop to learn, and only a warning of torch's would tell.
+    gives no gradient back: the adapters below it would stop to learn, and torch would only warn.
 
     Raises:
         TrainingError: That has happened to the model already.
@@ -145,13 +148,43 @@ def merge_adapters(model: Any, weights: Mapping[str, Tensor] | None = None) -> A
     return whole.merge_and_unload(safe_merge=True)  # in place it would change weights that may be the model's own
 
 
-def load_merged(base: PreTrainedModel, path: str) -> PreTrainedModel:
-    """A base with the adapters of a folder or Hub id merged into it.
+def load_merged(base: PreTrainedModel, name: str, path: str, new: Sequence[str]) -> PreTrainedModel:
+    """Merge the adapters of a folder or Hub id into their base.
+
+    Args:
+        base: The model that the adapters were trained on.
+        name: The adapters as their user names them, for messages.
+        path: A Hub id or folder.
+        new: The names of the base's weights that its own checkpoint lacks: the adapters must bring them.
 
     Raises:
-        TrainingError: PEFT is not installed.
+        TrainingError: PEFT is not installed, or the adapters lack weights or cannot be read.
     """
-    merged: PreTrainedModel = import_peft().PeftModel.from_pretrained(base, path).merge_and_unload()
+    peft = import_peft()
+    file = "adapter_model.safetensors"
+    if (found := find_file(path, file)) is None:
+        raise TrainingError(
+            f"{name} has no {file}, so the adapters have no weights; a pickle (adapter_model.bin) is not read, because "
+            "it can run code: save it again with a recent peft"
+        )
+    adapted: Any = None
+    try:
+        with safe_open(found, framework="pt") as opened:
+            saved = set(opened.keys())
+        missing = sorted({f"base_model.model.{key}" for key in new} - saved)
+        if not missing:
+            adapted = peft.PeftModel.from_pretrained(base, path)
+            missing = sorted(set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)) - saved)
+    except Exception as error:  # damaged files fail in whichever way their library fails
+        missing = [str(key) for key in error.args if str(key).startswith("base_model.")]
+        if not isinstance(error, KeyError) or not missing:  # else PEFT looked for a weight of modules_to_save
+            raise failed(name, path, error) from None
+    if missing:
+        raise TrainingError(
+            f"{name}: the adapters lack weights, such as {', '.join(missing[:3])}, which would be random: "
+            "train with peft_config, or list the head in modules_to_save, so that it is saved with the adapters"
+        )
+    merged: PreTrainedModel = adapted.merge_and_unload()
     return merged
 
 

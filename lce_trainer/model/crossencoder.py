@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lce_trainer.compat import find_file
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.template import pair_template
+from lce_trainer.pretrained import failed
 
 # sentence-transformers squashes the score of a one-label model unless its config says otherwise.
 RAW_SCORES = {"activation_fn": "torch.nn.modules.linear.Identity"}
@@ -112,9 +113,16 @@ def write_cross_encoder_files(folder: Path, answers: Sequence[int] | None, token
 
 
 def read_json(path: str, name: str) -> Any:
-    """A JSON file of a Hub id or folder; None if there is none."""
+    """Return a JSON file of a Hub id or folder; None if there is none.
+
+    Raises:
+        TrainingError: It is no JSON.
+    """
     try:
         found = find_file(path, name)
-    except OSError:  # no such repo or folder: said where its model is loaded
+    except OSError:  # there is no such repository or folder, which is an error where its model is loaded
         return None
-    return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    try:
+        return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise failed(f"{path}/{name}", path, error, "JSON") from None

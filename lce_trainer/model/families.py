@@ -34,12 +34,15 @@ class Family:
         is_decoder: Whether a token sees only the tokens before it. The head of a decoder reads a pair's last token,
             that of an encoder its first (or their mean).
         positions_after_padding: Whether positions are counted from the one after the pad token's id, not from 0.
+        has_normed_head: Whether its classification head is a dense layer, an activation, a LayerNorm and a classifier
+            over a pair's pooled token, as modular CrossEncoders have it; see :mod:`lce_trainer.model.modular`.
         patches: Yields the modules of a model whose forward is replaced for packed rows; None if the family cannot
             be packed, because its attention is not called through transformers' ``AttentionInterface``.
     """
 
     is_decoder: bool = False
     positions_after_padding: bool = False
+    has_normed_head: bool = False
     patches: Callable[[Any], Iterator[Patch]] | None = None
 
 
@@ -77,7 +80,7 @@ FAMILIES = {
     "xlm-roberta": Family(positions_after_padding=True, patches=_bert),
     "camembert": Family(positions_after_padding=True, patches=_bert),
     "distilbert": Family(patches=_distilbert),
-    "modernbert": Family(patches=_modernbert),
+    "modernbert": Family(has_normed_head=True, patches=_modernbert),
     "qwen3": Family(is_decoder=True, patches=_decoder),
     "qwen2": Family(is_decoder=True, patches=_decoder),
     "llama": Family(is_decoder=True, patches=_decoder),
@@ -119,6 +122,11 @@ def head_modules(model: PreTrainedModel) -> list[str]:
         if name != model.base_model_prefix and any(True for _ in module.parameters())
     ]
     return names + ["pooler"] * (getattr(model.base_model, "pooler", None) is not None)
+
+
+def is_head_weight(model: PreTrainedModel, key: str) -> bool:
+    """Return whether a weight of this name lies between the last layer and the score."""
+    return key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0] in head_modules(model)
 
 
 def _project(states: Tensor, layers: Sequence[Any], size: int) -> Sequence[Tensor]:

@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lce_trainer.errors import TrainingError
-from lce_trainer.hardware import best_device
+from lce_trainer.errors import ConfigError, TrainingError
+from lce_trainer.hardware import DTYPES, resolve_device
 from lce_trainer.model.loading import configure_pairs, load_model, load_tokenizer, longest_input
 from lce_trainer.model.packed.packing import batch_scores, disable_packing, enable_packing
 from lce_trainer.model.saving import save_reranker
@@ -54,6 +54,10 @@ class Reranker:
         packing: Literal["auto", "none"] = "auto",
     ) -> None:
         """Wrap a loaded model; see :meth:`from_pretrained`."""
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+            raise ConfigError(f"max_length must be a number of tokens, 1 or more, not {max_length!r}")
+        if packing not in ("auto", "none"):
+            raise ConfigError(f"packing must be 'auto' or 'none', not {packing!r}")
         self.model = model.eval()
         self.tokenizer = tokenizer
         configure_pairs(model, tokenizer)
@@ -90,13 +94,15 @@ class Reranker:
                 with none padded.
 
         Raises:
-            TrainingError: There is no such model, or it is not a reranker with one label.
-            ConfigError: The package of a ``package:`` name is missing.
+            TrainingError: There is no such model, its checkpoint lacks weights or a tokenizer, or it is not a reranker
+                with one label.
+            ConfigError: The package of a ``package:`` name is missing, or there is no such device or dtype.
         """
+        place = resolve_device(device)
+        if not isinstance(dtype, torch.dtype) and dtype not in (None, "auto", *DTYPES):
+            raise ConfigError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, not {dtype!r}")
         model = load_model(name, dtype=dtype or "auto", yes_no=yes_no, trained=True)
-        if device is None:
-            device = best_device()
-        return cls(model.to(device), load_tokenizer(name), max_length=max_length, packing=packing)
+        return cls(model.to(place), load_tokenizer(name), max_length=max_length, packing=packing)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a plain checkpoint; adapters that were loaded are part of it."""

@@ -62,7 +62,8 @@ _MORE = {
 
 @cache
 def _word_pieces() -> dict[str, int]:
-    return {piece: index for index, piece in enumerate(_BERT_SPECIAL + WORDS + list("abcdefghijklmnopqrstuvwxyz:"))}
+    pieces = [*_BERT_SPECIAL, *WORDS, *"abcdefghijklmnopqrstuvwxyz:"]
+    return {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
 
 
 def _byte_pairs(

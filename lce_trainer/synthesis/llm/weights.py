@@ -18,6 +18,7 @@ from lce_trainer.artifacts import file_sha256
 from lce_trainer.errors import LLMError
 from lce_trainer.hardware import DTYPES, best_device, resolve_dtype
 from lce_trainer.names import resolve_model
+from lce_trainer.pretrained import load_checkpoint, load_tokenizer_files
 from lce_trainer.synthesis.llm.protocol import LLMConfig
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,9 @@ def load_model(config: LLMConfig) -> tuple[Any, Any]:
     try:
         path = str(_converted(Path(name).expanduser(), dtype)) if name.lower().endswith(".gguf") else name
         logger.info("loading %s in %s on %s", config.model, str(dtype).removeprefix("torch."), device)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
+        tokenizer = load_tokenizer_files(config.model, path)
+        model, _ = load_checkpoint(AutoModelForCausalLM, config.model, path, dtype=dtype)
+        model = model.to(device).eval().requires_grad_(False)
     # What a broken or foreign checkpoint raises has no common base: OSError, ValueError, KeyError, SafetensorError, …
     except Exception as error:
         if isinstance(error, LLMError):
