@@ -65,12 +65,13 @@ def test_workers_and_ranks_take_their_part_of_the_same_rows(workers, shuffled):
     assert joined == alone
 
 
-def test_what_is_left_out_is_told_by_the_rows():
+def test_the_rows_count_what_is_dropped():
     rows = concatenate_datasets([Dataset.from_list(USELESS[:1]), make_groups(2), Dataset.from_list(USELESS)])
-    told = [
-        row["stream"][:4] for _, row in zip(range(4), StreamedGroups(rows.to_iterable_dataset(), 1, 1), strict=False)
+    counted = [
+        row["stream_position"][:4]
+        for _, row in zip(range(4), StreamedGroups(rows.to_iterable_dataset(), 1, 1), strict=False)
     ]
-    assert told == [(0, 2, 0, 1), (0, 6, 2, 2), (1, 2, 0, 1), (1, 6, 2, 2)]
+    assert counted == [(0, 2, 0, 1), (0, 6, 2, 2), (1, 2, 0, 1), (1, 6, 2, 2)]
 
 
 def test_a_stream_takes_the_groups_that_validation_keeps():
@@ -82,7 +83,7 @@ def test_a_stream_takes_the_groups_that_validation_keeps():
     kept, counts = validate_groups(Dataset.from_list(rows))
     read = list(usable_rows(rows, 0))
     assert [row["query_id"] for row in read] == kept["query_id"][:] == ["q0", "q2", "q4"]
-    assert read[-1]["stream"][1:4] == (8, counts["groups_without_positive"], counts["groups_without_negative"])
+    assert read[-1]["stream_position"][1:4] == (8, counts["groups_without_positive"], counts["groups_without_negative"])
 
 
 def test_labels_draw_as_those_of_a_dataset_do():
