@@ -138,7 +138,7 @@ def read_batches(
             )
     except _UnreadableError as reason:
         raise error(f"{path}{'' if str(reason)[0] in ', ' else ': '}{reason}") from None
-    except (OSError, EOFError, pa.ArrowException, ValueError, csv.Error) as reason:
+    except (OSError, EOFError, pa.ArrowException, ValueError, MemoryError, csv.Error) as reason:
         raise error(f"{path} cannot be read: {one_line(reason)}") from None
 
 
@@ -377,7 +377,7 @@ def _parquet_table(path: Path, error: type[LCETrainerError]) -> pa.Table:
     try:
         with _open(path):
             return parquet.read_table(path, memory_map=True)
-    except (OSError, pa.ArrowException, _UnreadableError) as reason:
+    except (OSError, pa.ArrowException, ValueError, MemoryError, _UnreadableError) as reason:
         raise error(f"{path} cannot be read: {one_line(reason)}") from None
 
 
@@ -397,7 +397,11 @@ def _json_batches(path: Path, kind: str, undecodable: list[int] | None) -> Itera
     while some := list(islice(objects, _ROWS)):
         numbers = np.array([number for number, _ in some])
         names = dict.fromkeys(name for _, row in some for name in row)
-        columns = {name: _text_array([row.get(name) for _, row in some], name, numbers) for name in names}
+        columns = {
+            _LINE_BREAK.sub(" ", name): _text_array([row.get(name) for _, row in some], name, numbers) for name in names
+        }
+        if len(columns) < len(names):
+            raise _UnreadableError(f", row {numbers[0]}: names of columns that differ by line breaks alone")
         # Rows without any column are rows, too.
         table = pa.table(columns) if columns else pa.table({"": pa.nulls(len(some))})
         yield Rows(str(path), table, numbers)
@@ -474,6 +478,7 @@ def _skip_space(text: str, at: int, line: int) -> tuple[int, int]:
     return end, line + text.count("\n", at, end)
 
 
+_LINE_BREAK = re.compile(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -619,7 +624,7 @@ def _quoted_rows(path: Path, delimiter: str, unescape: bool = False) -> Iterator
 def _named(name: str, rows: Iterator[tuple[int, list[str]]], header: Collection[str]) -> Iterator[Rows]:
     """Batches of rows whose first one may be a header."""
     start, first = next(rows, (1, []))
-    names = [field.strip() for field in first]
+    names = [_LINE_BREAK.sub(" ", field.strip()) for field in first]
     if not any(names):
         return
     named = _is_header(names, header)
@@ -714,7 +719,7 @@ def _plain_batches(path: Path, delimiter: str | None, names: list[str] | None, w
                 rows = []
                 for at, raw in enumerate(block.removesuffix(b"\n").split(b"\n"), number):
                     text = _decoded(raw, at).removesuffix("\r")
-                    if not text.strip(" \t"):
+                    if not (text.strip() if delimiter is None else text):
                         continue
                     fields = text.split(delimiter)
                     if len(fields) != width:

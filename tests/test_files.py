@@ -96,6 +96,13 @@ def test_a_tsv_file_has_no_quoting(tmp_path):
     ]
 
 
+def test_a_row_of_empty_texts_is_a_row_and_an_empty_line_is_none(tmp_path):
+    (tmp_path / "a.tsv").write_text("query\ttext\n\t\n\na\tb\n")
+    rows = read_rows(tmp_path / "a.tsv")
+    assert rows.table.to_pylist() == [{"query": "", "text": ""}, {"query": "a", "text": "b"}]
+    assert rows.at(1).endswith("a.tsv, row 4")
+
+
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
 def test_a_tsv_file_that_a_csv_writer_wrote_is_read_as_such(quoting, tmp_path):
     rows = [{"query": 'he said "hi"', "text": "two\nlines"}, {"query": "tab\there", "text": "plain"}]

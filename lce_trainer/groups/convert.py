@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import LargeList, List
 from datasets.fingerprint import generate_random_fingerprint
 
@@ -135,10 +136,14 @@ def _read(source: Any, split: str, header: Sequence[str]) -> datasets.Dataset:
     elif kind_of(path) == ".parquet":
         try:
             return datasets.Dataset.from_parquet(str(path))
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except Exception as error:  # a damaged file makes datasets raise all kinds
             raise GroupsError(f"no groups at {str(source)!r}: {one_line(error)}") from None
     rows = read_rows(source, split=split, header=header, error=GroupsError)
-    return datasets.Dataset(numeric_lists(rows.table), fingerprint=generate_random_fingerprint())
+    try:
+        return datasets.Dataset(numeric_lists(rows.table), fingerprint=generate_random_fingerprint())
+    except (ValueError, TypeError, pa.ArrowException):
+        names = ", ".join(map(repr, rows.table.column_names))
+        raise GroupsError(f"{rows.name}: no rows of groups have such columns: {names}") from None
 
 
 def _report(counts: Mapping[str, int]) -> None:

@@ -63,14 +63,20 @@ class TrainConfig:
 class EvaluateConfig:
     """Human judgments to measure on, and what is measured."""
 
-    queries: str | None = option(None, "Queries with answers: query_id, query, doc_ids.")
+    queries: str | None = option(
+        None, "Queries with answers, a file of rows: query_id, query, and doc_ids, or doc_id in one row or more."
+    )
     dev_queries: str | None = option(
         None, "The same for choosing the best checkpoint and the weight of the first stage."
     )
     candidates: str | None = option(
-        None, "Out-of-domain: .parquet of query_id, query, doc_id, text, bm25_rank (TREC DL style), reranked as given."
+        None,
+        "Out-of-domain: a run with texts, a file of rows of query_id, query, doc_id, text, and rank or score, reranked "
+        "as given.",
     )
-    qrels: str | None = option(None, "Its judgments: .parquet of query_id, doc_id, grade.")
+    qrels: str | None = option(
+        None, "Its judgments: qrels of TREC or BEIR, or a file of rows of query_id, doc_id, grade."
+    )
     relevant_from: int = option(2, "Grades from here on count as relevant for MAP and MRR.")
     top_k: int = option(50, "Passages that each retriever of the first stage brings, and that are reranked.")
     rerankers: list[str] = option([], "Other rerankers to compare with: Hub ids or folders.")

@@ -320,3 +320,30 @@ def test_the_verdict_names_the_best_of_the_others_and_how_sure_it_is():
     assert verdict(results, "copy").startswith("NO DIFFERENCE SHOWN: copy against BM25, nDCG@10 +0.000")
     results = compare({"BM25": bm25, "ours": better}, qrels, baseline="ours", tested=["BM25"])
     assert verdict(results, "BM25").startswith("WORSE: BM25 against ours, nDCG@10 -0.")
+
+
+def test_judgments_and_runs_are_read_in_every_usual_form(tmp_path):
+    rows = [("q1", "a", 3), ("q1", "b", 0), ("q1", "01", 1)]
+    forms = {
+        "qrels.txt": "".join(f"{q} 0 {d} {g}\n" for q, d, g in rows),
+        "beir.tsv": "query-id\tcorpus-id\tscore\n" + "".join(f"{q}\t{d}\t{g}\n" for q, d, g in rows),
+        "qrels.csv": "Grade;Doc_ID;Query_ID\n" + "".join(f"{g};{d};{q}\n" for q, d, g in rows),
+        "qrels.json": json.dumps({"q1": {d: g for _, d, g in rows}}),
+    }
+    header = "score,text,doc_id,query,query_id"
+    run = [header, "1.5,about b,b,why,q1", '9,"about ""a""",a,why,q1', "3,about 01,01,why,q1"]
+    (tmp_path / "run.csv").write_text("\n".join(run))
+    for name, text in forms.items():
+        (tmp_path / name).write_text(text)
+        judged = read_judged(tmp_path / "run.csv", tmp_path / name)
+        assert judged.qrels == {"q1": {"a": 3, "b": 0, "01": 1}}
+        assert judged.pools == [[("a", 'about "a"'), ("01", "about 01"), ("b", "about b")]]
+        assert judged.run == {"q1": {"a": 9.0, "01": 3.0, "b": 1.5}}
+    (tmp_path / "twice.txt").write_text("q1 0 a 1\nq1 0 a 2\n")
+    with pytest.raises(EvaluationError, match="row 2: query 'q1', document 'a' has the grades 1 and 2"):
+        read_judged(tmp_path / "run.csv", tmp_path / "twice.txt")
+
+
+def test_queries_with_one_document_a_row_are_united(tmp_path):
+    (tmp_path / "q.tsv").write_text("query_id\tquery\tdoc_id\n1\tmoon\t007\n1\tmoon\t7\n2\t1999\tx\n")
+    assert read_queries(tmp_path / "q.tsv") == [Query("1", "moon", ("007", "7")), Query("2", "1999", ("x",))]
