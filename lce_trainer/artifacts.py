@@ -10,12 +10,13 @@ import functools
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -26,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.arrow_writer import ArrowWriter
 
-from lce_trainer.errors import ArtifactError
+from lce_trainer.errors import ArtifactError, LCETrainerError
 
 MANIFEST = "manifest.json"
 _LIBRARIES = ("lce-trainer", "datasets", "transformers", "torch")
@@ -34,6 +35,10 @@ _ARROW = "data.arrow"
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 # SHA-256 of each file that this process has read whole, by path, size and time of its last change in nanoseconds.
 _HASHED: dict[tuple[str, int, int], str] = {}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_OS_ERROR = re.compile(r"os error (\d+)")  # of safetensors, which is written in Rust
+# What torch and NumPy raise when a file takes only a part of what is written.
+_CUT_SHORT = re.compile(r"PytorchStreamWriter|inline_container|requested and \d+ written|iostream error")
 _CLOCK_TICK = 10**8  # nanoseconds; a file that changed so recently may change again and keep its time
 
 
@@ -175,6 +180,43 @@ def manifest_text(manifest: Manifest) -> str:
     """Return what stands in a manifest's file: JSON, with a SHA-256 over the rest of it."""
     record = asdict(manifest)
     return json.dumps({**record, "sha256": _own_sha256(record)}, indent=2, sort_keys=True) + "\n"
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around what writes files under a folder: a disk that is full or fails is one error, whichever library meets it.
+
+    Args:
+        folder: Named where the library does not name the file.
+
+    Raises:
+        ArtifactError: The disk is full, fails, or may not be written to.
+    """
+    try:
+        yield
+    except LCETrainerError:
+        raise
+    except Exception as error:
+        failed: BaseException | None = error
+        while failed is not None:
+            if (reason := _why_not_written(failed)) is not None:
+                path = getattr(failed, "filename", None) or folder
+                raise ArtifactError(
+                    f"cannot write {path}: {reason}; what was finished before is kept: run again when there is room"
+                ) from error
+            failed = failed.__cause__ or failed.__context__
+        raise
+
+
+def _why_not_written(error: BaseException) -> str | None:
+    """Return what an error says of the disk; None if it is about something else."""
+    text = str(error)
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None and (found := _OS_ERROR.search(text)):
+        code = int(found[1])
+    if code in _FULL:
+        return os.strerror(code)
+    return "the disk is likely full" if _CUT_SHORT.search(text) and "PytorchStreamReader" not in text else None
 
 
 def _own_sha256(record: Mapping[str, Any]) -> str:

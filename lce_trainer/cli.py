@@ -195,10 +195,11 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.command == "convert":
             print(_convert(arguments.source, arguments.folder))
             return 0
+        from lce_trainer.artifacts import writing
         from lce_trainer.pipeline.run import open_run
 
         run = open_run(arguments.recipe, arguments.overrides)
-        with run.held(wait=not arguments.no_wait):
+        with writing(run.root), run.held(wait=not arguments.no_wait):
             return _run_stages(arguments, run)
 
 

@@ -104,6 +104,10 @@ def test_a_recipe_that_is_not_there(capsys, tmp_path):
         ("train: {learning_rat: 1}", "unknown key 'learning_rat' in train; did you mean 'learning_rate'?"),
         ("label: {judge: oracle}", "label.judge must be one of likelihood, verdict"),
         ("generate: {queries: many}", "generate.queries must be int, not 'many'"),
+        ("mine: {top_k: 5}\nlabel: {}\nmine: {}\n", "the key 'mine' stands twice, in line 1 and in 3"),
+        ("mine: {top_k: 5, top_k: 6}", "the key 'top_k' stands twice, in line 1 and in 1"),
+        ("corpus: !!python/object/apply:os.system ['exit 1']", "is not YAML"),
+        ("corpus: !!python/name:os.system", "is not YAML"),
     ],
 )
 def test_a_recipe_that_cannot_be_read(text, message, capsys, tmp_path):
@@ -136,6 +140,20 @@ def test_a_recipe_that_cannot_be_read(text, message, capsys, tmp_path):
         ("corpus.text_column=body", "no column 'body'"),
         ("corpus.max_words=0", "max_words must be above 0"),
         ("llm.model=no/such-model", "cannot load 'no/such-model'"),
+        ("mine.top_k=0", "mine.top_k must be 1 or more, not 0"),
+        ("evaluate.top_k=-1", "evaluate.top_k must be 1 or more, not -1"),
+        ("llm.batch_tokens=0", "llm.batch_tokens must be 1 or more"),
+        ("seed=-1", "error: seed must be 0 or more, not -1"),
+        ("label.drop_margin=.nan", "label.drop_margin must be a number, not nan"),
+        ("train.per_device_train_batch_size=0", "per_device_train_batch_size must be a whole number from 1 up, not 0"),
+        ("train.gradient_accumulation_steps=0", "gradient_accumulation_steps must be a whole number from 1 up"),
+        ("train.learning_rate=-1", "learning_rate must be 0 or more, not -1"),
+        ("train.learning_rate=.nan", "learning_rate must be a number, not nan"),
+        ("train.seed=-3", "seed must be a whole number from 0 to 4294967295, not -3"),
+        ("train.report_to=nobody", "report_to must be none, all or some of"),
+        ("train.report_to=comet_ml", "report_to is comet_ml, which is not installed"),
+        ("train.deepspeed=zero2.json", "DeepSpeed"),
+        ("train.lora={r: 4, target_modules: [query, keys]}", "has no layer 'keys'; there are dense, key, query, value"),
     ],
 )
 def test_a_mistake_anywhere_in_the_recipe_is_found_before_any_work(override, message, recipe, capsys):

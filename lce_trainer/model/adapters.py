@@ -63,7 +63,10 @@ def add_adapters(model: PreTrainedModel, peft_config: Any, mixed_precision: bool
         config.target_modules = "all-linear"
     if hasattr(config, "modules_to_save") and not is_language_model(model):
         config.modules_to_save = sorted({*(config.modules_to_save or []), *head_modules(model)})
-    adapted = peft.get_peft_model(model, config)
+    try:
+        adapted = peft.get_peft_model(model, config)
+    except ValueError as error:  # no layer has such a name
+        raise TrainingError(f"target_modules: {' '.join(str(error).split())}") from None
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             if not mixed_precision:

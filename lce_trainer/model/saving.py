@@ -40,6 +40,12 @@ def set_scoring_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_lengt
 
 def save_cross_encoder_files(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write beside a saved model what ``CrossEncoder`` cannot tell from its config."""
+    # safetensors writes for the owner alone; the other files are for whom the umask lets read them.
+    for weights in folder.glob("*.safetensors"):
+        for settings in ("adapter_config.json", "config.json"):
+            if (folder / settings).is_file():
+                weights.chmod((folder / settings).stat().st_mode & 0o777)
+                break
     answers = answers_of(model)
     if answers is not None or hasattr(model, "peft_config"):
         write_cross_encoder_files(folder, answers, tokenizer)

@@ -6,6 +6,7 @@ a key on the command line; the value is read as YAML.
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -28,10 +29,27 @@ from lce_trainer.synthesis.retrieval.hybrid import MineConfig
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``2e-5`` is a number; YAML 1.1 wants ``2.0e-5``."""
+    """YAML in which ``2e-5`` is a number; YAML 1.1 wants ``2.0e-5``. A key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping; YAML would keep the last of equal keys, and lose what the first one holds."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ConfigError(f"the key {key.value!r} stands twice, in line {lines[key.value]} and in {line}")
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+# The least value of the keys, in whichever section, below which nothing would be done or a library would fail.
+_LEAST = {"queries": 1, "per_passage": 1, "max_new_tokens": 1, "max_passage_words": 1, "top_k": 1, "batch_tokens": 1}
+_LEAST |= {"concurrency": 1, "negatives": 1, "candidates": 1, "roundtrip_k": 0, "temperature": 0, "seed": 0, "pairs": 0}
+_LEAST |= {"max_queries": 1, "max_dev_queries": 1, "early_stopping_patience": 1, "r": 0, "dropout": 0}
 
 
 @dataclass
@@ -200,6 +218,8 @@ def _parse(cls: type, raw: Any, where: str) -> Any:
     _check_keys(raw, names, where)
     values = {}
     for key, value in raw.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < _LEAST.get(key, -math.inf):
+            raise ConfigError(f"{where}.{key} must be {_LEAST[key]} or more, not {value}".removeprefix("."))
         place = f"{where}.{key}" if where else key
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _parse(typing.cast(type, hints[key]), {} if value is None else value, place)
@@ -220,6 +240,8 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
             return value
         raise ConfigError(f"{place} must be one of {', '.join(map(str, args))}, not {value!r}")
     plain = origin or hint
+    if isinstance(value, float) and math.isnan(value):
+        raise ConfigError(f"{place} must be a number, not nan")
     if plain is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):

@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, is_deepspeed_available, parse_flag_from_env
 from filelock import FileLock, Timeout
 
 from lce_trainer.artifacts import (
@@ -27,7 +27,7 @@ from lce_trainer.artifacts import (
     save_artifact,
     why_stale,
 )
-from lce_trainer.errors import ArtifactError
+from lce_trainer.errors import ArtifactError, ConfigError
 from lce_trainer.hardware import best_device
 from lce_trainer.pipeline.config import Recipe, load_recipe
 from lce_trainer.synthesis.llm.loading import load_llm
@@ -181,6 +181,8 @@ class Run:
         with processes().main_process_first():
             if not is_stale(self.root / name, name, shape, digests, parts):
                 return
+            if self.root.is_dir() and not os.access(self.root, os.W_OK):
+                raise ArtifactError(f"{self.root / name} has to be made, and {self.root} may not be written to")
             tables, counts, facts = work()
             if not all(map(len, tables.values())):
                 raise ArtifactError(f"nothing is left for {name}: {counts}; loosen what drops rows in the recipe")
@@ -220,6 +222,8 @@ def _holder(root: Path) -> str:
 
 def processes() -> PartialState:
     """The processes of this command, one unless ``accelerate launch`` started more."""
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not is_deepspeed_available():
+        raise ConfigError("accelerate was launched with DeepSpeed, which is not installed: pip install deepspeed")
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or best_device().type == "cpu"
     # One process may work on a stage for hours; by default those that wait give up after ten minutes.
     return PartialState(cpu=on_cpu, timeout=timedelta(hours=24))

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import torch
 from transformers import (
+    AutoModel,
     EarlyStoppingCallback,
     ProgressCallback,
     TrainerControl,
@@ -20,11 +21,11 @@ from transformers import (
 )
 
 from lce_trainer.artifacts import MANIFEST, content_digest, digest, read_manifest, write_manifest
-from lce_trainer.errors import TrainingError
+from lce_trainer.errors import ConfigError, TrainingError
 from lce_trainer.groups.convert import load_groups
 from lce_trainer.hardware import resolve_dtype
 from lce_trainer.model.adapters import lora
-from lce_trainer.model.loading import load_model, load_tokenizer, pairing_tokenizer
+from lce_trainer.model.loading import load_config, load_model, load_tokenizer, pairing_tokenizer
 from lce_trainer.model.saving import write_first_stage_weight
 from lce_trainer.pipeline.run import Run, is_stale, processes
 from lce_trainer.training.arguments import LCETrainingArguments
@@ -83,6 +84,22 @@ def check_training(run: Run) -> None:
     tokenizer = pairing_tokenizer(run.recipe.train.model, args.yes_no)
     GroupCollator(tokenizer, args.group_size, args.max_length, args.max_query_length)
     lora(run.recipe.train.lora)
+    if run.recipe.train.lora.r and run.recipe.train.lora.target_modules:
+        _check_targets(run.recipe.train.model, run.recipe.train.lora.target_modules)
+
+
+def _check_targets(model: str, targets: Sequence[str]) -> None:
+    """Check that each name that adapters are asked for is a layer's; PEFT passes over one that is not among others."""
+    with torch.device("meta"):
+        layers = [
+            name
+            for name, module in AutoModel.from_config(load_config(model)).named_modules()
+            if isinstance(module, torch.nn.Linear)
+        ]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise ConfigError(f"train.lora.target_modules: {model} has no layer {target!r}; there are {known}")
 
 
 def _hold_out(groups: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -2,11 +2,17 @@
 
 import json
 import logging
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_available
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from lce_trainer.errors import ConfigError
 from lce_trainer.hardware import best_device
@@ -165,9 +171,12 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
                     setattr(self, item.name, float(value))
                 except ValueError:
                     raise ConfigError(f"{item.name} must be a number, not {value!r}") from None
+        self._check_numbers()
+        if self.deepspeed and not is_deepspeed_available():
+            raise ConfigError("deepspeed is set, but DeepSpeed is not installed: pip install deepspeed")
         try:
             super().__post_init__()
-        except ValueError as error:
+        except (ValueError, ImportError, OSError) as error:  # the last: DeepSpeed's file is missing
             raise ConfigError(" ".join(str(error).split())) from None
         if self.lr_scheduler_type in _BY_METRIC:
             # Both treat a lower metric as a better one by default, and transformers leaves it at that.
@@ -179,9 +188,29 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             self.accelerator_config.dispatch_batches = False  # of a stream: our batches are no plain tensors
         self._check()
 
+    def _check_numbers(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name, None)
+            if isinstance(value, float) and math.isnan(value):
+                raise ConfigError(f"{item.name} must be a number, not nan")
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+                raise ConfigError(f"{name} must be 0 or more, not {value}")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and 0 <= value < 2**32):
+                raise ConfigError(f"{name} must be a whole number from 0 to {2**32 - 1}, not {value!r}")
+
     def _check(self) -> None:
+        known = sorted(INTEGRATION_TO_CALLBACK)
+        for name in self.report_to:
+            if name not in known:
+                raise ConfigError(f"report_to must be none, all or some of {', '.join(known)}, not {name!r}")
+            if name not in {*get_available_reporting_integrations(), "flyte"}:  # flyte is never listed
+                raise ConfigError(f"report_to is {name}, which is not installed: install it, or set report_to to none")
         least = {"group_size": 2, "max_length": 8, "max_query_length": 1, "micro_batch_size": 1, "eval_batch_tokens": 1}
-        least |= {"micro_batch_tokens": 1}
+        least |= {"micro_batch_tokens": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
         least["curriculum_epochs"] = 1
         for name, bound in least.items():
             value = getattr(self, name)

@@ -8,6 +8,7 @@ newest one that verifies, and older ones are deleted only after a newer one is s
 import logging
 import math
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator
@@ -21,7 +22,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 
-from lce_trainer.artifacts import MANIFEST, file_sha256, read_manifest, write_manifest
+from lce_trainer.artifacts import MANIFEST, read_manifest, write_manifest, writing
 from lce_trainer.errors import ArtifactError, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -39,12 +40,14 @@ def sealed_checkpoint(args: TrainingArguments, state: TrainerState, output_dir: 
     ranks.wait_for_everyone()
     limit, args.save_total_limit = args.save_total_limit, None  # transformers deletes too early
     try:
-        yield
+        with writing(folder):
+            yield
     finally:
         args.save_total_limit = limit
     ranks.wait_for_everyone()
     if args.should_save:
-        seal(folder)
+        with writing(folder):
+            seal(folder)
         best = state.best_model_checkpoint
         rotate(output_dir, limit, [folder, *([Path(best)] if best else [])])
 
@@ -79,18 +82,60 @@ def verify(folder: Path) -> None:
     Raises:
         ArtifactError: It was never sealed, or a file is missing or not what was written.
     """
-    for name, facts in read_manifest(folder, _KIND).files.items():
-        if file_sha256(folder / name) != facts["sha256"]:
-            raise ArtifactError(f"{folder / name} is not what was written")
+    read_manifest(folder, _KIND)
 
 
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint that verifies; those that do not are named in the log."""
+def check_best(best: Path | None) -> None:
+    """Check the checkpoint whose weights a run ends with; without it, transformers would keep those of the last step.
+
+    Args:
+        best: Its folder; None if nothing was ever evaluated.
+
+    Raises:
+        TrainingError: It is gone or damaged.
+    """
+    if best is None:
+        return
+    try:
+        if (best / MANIFEST).is_file() or not any(best.glob("*")):
+            verify(best)
+    except ArtifactError as error:
+        raise TrainingError(
+            f"the best checkpoint cannot be loaded: {error}; train again with resume_from_checkpoint=True, which goes "
+            "on from a checkpoint whose best one is there, or from the beginning"
+        ) from None
+
+
+@contextmanager
+def tensors_alone(checkpoint: str | None) -> Iterator[None]:
+    """Around the reading of a checkpoint's pickles, of which torch reads plain tensors and executes nothing.
+
+    Raises:
+        TrainingError: One of them holds something else.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))  # the rest is advice to execute it
+        what = found[1] if found else "what is no tensor"
+        raise TrainingError(
+            f"{checkpoint} cannot be resumed: a file in it holds more than tensors ({what}), which is not executed"
+        ) from None
+
+
+def newest_checkpoint(output_dir: Path, needs_best: bool = False) -> Path | None:
+    """Return the newest checkpoint that verifies; those that do not are named in the log.
+
+    Args:
+        output_dir: Of the run.
+        needs_best: Skip those of a run whose best checkpoint is gone.
+    """
     for folder in reversed(_checkpoints(output_dir)):
         try:
             verify(folder)
-            best = folder.with_name(f"checkpoint-{_state(folder).best_global_step}")
-            if best.is_dir():
+            step = _state(folder).best_global_step
+            best = folder.with_name(f"checkpoint-{step}")
+            if best.is_dir() or (needs_best and step is not None):
                 verify(best)  # what the run would end with
         except ArtifactError as error:
             logger.warning("checkpoint skipped: %s: %s", folder.name, error)
@@ -115,12 +160,13 @@ def rotate(output_dir: Path, limit: int | None, keep: Collection[Path]) -> None:
         shutil.rmtree(folder)
 
 
-def checkpoint_to_resume(wanted: str | Path | bool | None, output_dir: Path) -> Path | None:
+def checkpoint_to_resume(wanted: str | Path | bool | None, output_dir: Path, needs_best: bool = False) -> Path | None:
     """Return the checkpoint to resume from, the same on every rank; None to start from the beginning.
 
     Args:
         wanted: True for the newest one that verifies, or a checkpoint's folder.
         output_dir: Of the run.
+        needs_best: As in :func:`newest_checkpoint`.
 
     Raises:
         TrainingError: There is no such checkpoint, or it is damaged.
@@ -128,7 +174,7 @@ def checkpoint_to_resume(wanted: str | Path | bool | None, output_dir: Path) -> 
     found, problem = None, None
     if PartialState().is_main_process:
         try:
-            found = _find(wanted, output_dir)
+            found = _find(wanted, output_dir, needs_best)
         except ArtifactError as error:
             problem = str(error)
     answer: list[Any] = broadcast_object_list([found, problem])
@@ -137,9 +183,9 @@ def checkpoint_to_resume(wanted: str | Path | bool | None, output_dir: Path) -> 
     return Path(answer[0]) if answer[0] else None
 
 
-def _find(wanted: str | Path | bool | None, output_dir: Path) -> Path | None:
+def _find(wanted: str | Path | bool | None, output_dir: Path, needs_best: bool) -> Path | None:
     if wanted is True:
-        found = newest_checkpoint(output_dir)
+        found = newest_checkpoint(output_dir, needs_best)
         if found is None:
             logger.warning("%s holds no checkpoint to go on from: training starts from the beginning", output_dir)
         else:

@@ -34,7 +34,14 @@ from lce_trainer.model.pairs import EncodedPairs
 from lce_trainer.model.saving import save_cross_encoder_files, save_reranker, set_scoring_config
 from lce_trainer.model.scoring import score_pairs, tokens_at_once
 from lce_trainer.training.arguments import LCETrainingArguments, configure_logging
-from lce_trainer.training.checkpoints import checkpoint_to_resume, final_state, save_at_step_ends, sealed_checkpoint
+from lce_trainer.training.checkpoints import (
+    check_best,
+    checkpoint_to_resume,
+    final_state,
+    save_at_step_ends,
+    sealed_checkpoint,
+    tensors_alone,
+)
 from lce_trainer.training.checks import (
     EvalDataset,
     by_name,
@@ -408,14 +415,29 @@ class LCETrainer(Trainer):  # type: ignore[misc]
             TrainingError: The checkpoint is missing or damaged, or training cannot go on.
         """
         set_early_stopping_metric(self.args, self.callback_handler.callbacks)
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir))
+        needs_best = self.args.load_best_model_at_end
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir), needs_best)
         over = final_state(checkpoint, self.args, self.get_train_dataloader()) if checkpoint else None
         if checkpoint is None or over is None:
             return super().train(checkpoint and str(checkpoint), **kwargs)
         self.state = over
-        best = checkpoint.with_name(f"checkpoint-{over.best_global_step}")
-        self._load_from_checkpoint(str(best if self.args.load_best_model_at_end and best.is_dir() else checkpoint))
+        if needs_best and over.best_global_step is not None:
+            checkpoint = checkpoint.with_name(f"checkpoint-{over.best_global_step}")
+            check_best(checkpoint)
+        self._load_from_checkpoint(str(checkpoint))
         return TrainOutput(over.global_step, 0.0, {})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with tensors_alone(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with tensors_alone(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        check_best(Path(self.state.best_model_checkpoint))
+        super()._load_best_model()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._prepare_push()

@@ -5,7 +5,9 @@ Processes are forked from one that has imported torch already, so each starts in
 
 import multiprocessing
 import os
+import resource
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
@@ -34,23 +36,28 @@ class Moment(NamedTuple):
     nth: int = 1
 
 
-def command(*arguments: str | Path, log: Path, die: Moment | None = None) -> tuple[int, str]:
+def command(
+    *arguments: str | Path, log: Path, die: Moment | None = None, largest_file: int | None = None
+) -> tuple[int, str]:
     """Run one command.
 
     Args:
         arguments: What is typed after ``lce-trainer``.
         log: File for what it prints.
         die: When it kills itself with SIGKILL.
+        largest_file: Bytes that any file it writes may hold; a write past them fails as on a full disk.
 
     Returns:
         Exit status, negative for a signal, and what it printed.
     """
-    return ended(started(*arguments, log=log, die=die), log)
+    return ended(started(*arguments, log=log, die=die, largest_file=largest_file), log)
 
 
-def started(*arguments: str | Path, log: Path, die: Moment | None = None) -> BaseProcess:
+def started(
+    *arguments: str | Path, log: Path, die: Moment | None = None, largest_file: int | None = None
+) -> BaseProcess:
     """Start one command; the arguments are those of :func:`command`."""
-    process = _FORKS.Process(target=_run, args=(list(map(str, arguments)), str(log), die))
+    process = _FORKS.Process(target=_run, args=(list(map(str, arguments)), str(log), die, largest_file))
     process.start()
     return process
 
@@ -62,12 +69,24 @@ def ended(process: BaseProcess, log: Path) -> tuple[int, str]:
     return process.exitcode, log.read_text(encoding="utf-8")
 
 
-def _run(arguments: Sequence[str], log: str, die: Moment | None) -> None:
+def _run(arguments: Sequence[str], log: str, die: Moment | None, largest_file: int | None) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     if die is not None:
         _die_at(die)
+    if largest_file is not None:
+        writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)  # the log may be larger
+        for stream in (1, 2):
+            os.dup2(writer.stdin.fileno(), stream)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        status = main(arguments)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.closerange(1, 3)
+        writer.stdin.close()
+        writer.wait()
+        os._exit(status)
     sys.exit(main(arguments))
 
 

@@ -4,18 +4,20 @@ import copy
 import hashlib
 import importlib.metadata
 import logging
-import secrets
+import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lce_trainer.artifacts import file_sha256
-from lce_trainer.errors import LLMError
+from lce_trainer.artifacts import file_sha256, read_manifest, write_manifest
+from lce_trainer.errors import ArtifactError, LLMError
 from lce_trainer.hardware import DTYPES, best_device, resolve_dtype
 from lce_trainer.names import resolve_model
 from lce_trainer.pretrained import load_checkpoint, load_tokenizer_files
@@ -79,12 +81,18 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
     what = f"{file_sha256(gguf)} {dtype} transformers {importlib.metadata.version('transformers')}"
     cache = Path(constants.HF_HOME) / "lce_trainer"
     folder = cache / hashlib.sha256(what.encode()).hexdigest()[:16]
-    if (folder / "config.json").is_file():
+    _sweep(cache)
+    try:
+        read_manifest(folder, "unpacked")
         return folder
+    except ArtifactError as error:
+        if folder.is_dir():
+            logger.warning("unpacked again: %s", error)
+            shutil.rmtree(folder, ignore_errors=True)
     logger.info("unpacking %s into %s; this takes a minute, once", gguf.name, folder)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        part = cache / f".{folder.name}.{secrets.token_hex(4)}"
+        part = cache / f".{folder.name}.{socket.gethostname()}.{os.getpid()}"
         part.mkdir()  # tempfile's folders are for their owner alone; this one is for who may use HF_HOME
     except OSError as error:
         raise LLMError(f"cannot write {cache} ({error.strerror}): set HF_HOME to a folder that you can write") from None
@@ -106,11 +114,20 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
         for file in part.iterdir():  # safetensors writes for the owner alone
             file.chmod(part.stat().st_mode & 0o666)
+        names = [file.name for file in part.iterdir()]
+        write_manifest(part, names, kind="unpacked", config={}, inputs={}, counts={})
         try:
             part.rename(folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # else another process was faster
-                raise
+            read_manifest(folder, "unpacked")  # another process was faster
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _sweep(cache: Path) -> None:
+    """Delete what processes of this machine that were killed while they unpacked have left."""
+    for part in cache.glob(f".*.{socket.gethostname()}.*"):
+        pid = part.name.rpartition(".")[2]
+        if pid.isdigit() and int(pid) != os.getpid() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(part, ignore_errors=True)
