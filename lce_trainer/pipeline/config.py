@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +35,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return a mapping; YAML would keep the last of equal keys, and lose what the first one holds."""
         lines: dict[str, int] = {}
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode):
                 line = key.start_mark.line + 1
                 if key.value in lines:
@@ -140,7 +141,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), training_keys: Iterab
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise ConfigError(f"no recipe at {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the 99th of a month, bytes of no text
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold sections (corpus:, generate:, …), not a {type(raw).__name__}")
@@ -198,7 +199,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[key] = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"{override!r}: {text!r} is not a YAML value") from None
 
 
@@ -212,7 +213,7 @@ def _check_keys(raw: Mapping[str, Any], known: Sequence[str], where: str) -> Non
 
 def _parse(cls: type, raw: Any, where: str) -> Any:
     if not isinstance(raw, dict):
-        raise ConfigError(f"{where} must be a section of keys, not {raw!r}")
+        raise ConfigError(f"{where} must be a section of keys, not {_shown(raw)}")
     hints = typing.get_type_hints(cls)
     names = [item.name for item in dataclasses.fields(cls)]
     _check_keys(raw, names, where)
@@ -238,12 +239,20 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        raise ConfigError(f"{place} must be one of {', '.join(map(str, args))}, not {value!r}")
+        raise ConfigError(f"{place} must be one of {', '.join(map(str, args))}, not {_shown(value)}")
     plain = origin or hint
     if isinstance(value, float) and math.isnan(value):
         raise ConfigError(f"{place} must be a number, not nan")
     if plain is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{place} is too large a number") from None
     if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{place} must be {plain.__name__}, not {value!r}")
+    raise ConfigError(f"{place} must be {plain.__name__}, not {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a message shows it: aliases in YAML can make of a few lines a value without end."""
+    return repr(value) if isinstance(value, str) else reprlib.repr(value)
