@@ -164,6 +164,24 @@ NAMES = (
         ("output_dir", "state_dict"),
     ),
     Name(
+        "transformers.Trainer._load_best_model",
+        "training.trainer",
+        "overridden: a best checkpoint that is gone is an error, where transformers keeps the last step's weights",
+        (),
+    ),
+    Name(
+        "transformers.Trainer._load_optimizer_and_scheduler",
+        "training.trainer",
+        "overridden: a pickle of more than tensors is an error of one line",
+        ("checkpoint",),
+    ),
+    Name(
+        "transformers.Trainer._load_rng_state",
+        "training.trainer",
+        "overridden, as _load_optimizer_and_scheduler",
+        ("checkpoint",),
+    ),
+    Name(
         "transformers.Trainer._wrap_model",
         "training.trainer",
         "evaluation prepares the model as transformers' own does",
