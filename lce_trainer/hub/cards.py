@@ -51,6 +51,7 @@ class Evaluation:
         dataset_id: Hub id of the judgments, if they have one.
         split: Which part of them.
         notes: A sentence on what else to know, e.g. which candidates were reranked.
+        verdict: One line: whether the model ranks better than the best of the others, by how much and how surely.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Evaluation:
     dataset_id: str | None = None
     split: str = "test"
     notes: str = ""
+    verdict: str = ""
 
 
 @dataclass

@@ -158,6 +158,7 @@ def _evaluations(run: Run, model: Manifest) -> list[Evaluation]:
                 system=RERANKER,
                 queries=results[0]["queries"],
                 notes=manifest.facts.get("notes", {}).get(split, ""),
+                verdict=manifest.facts.get("verdict", {}).get(split, ""),
             )
         )
     return evaluations

@@ -290,3 +290,12 @@ def test_the_cards_link_to_each_other_to_base_language_model_corpus_and_papers(t
     assert "(https://huggingface.co/datasets/user/fish-groups)" in model and "papers/2101.08751" in model
     assert "(https://huggingface.co/microsoft/MiniLM-L12-H384-uncased)" in model
     assert "(https://huggingface.co/user/fish-reranker)" in dataset
+
+
+@pytest.mark.parametrize(
+    "verdict", ["WORSE: ours against BM25, nDCG@10 -0.100 [-0.200, -0.050], p 0.0010, 5 queries", ""]
+)
+def test_the_verdict_stands_in_the_card_whatever_it_is(tmp_path, facts, verdict):
+    text = write_model_card(tmp_path, replace(facts, evaluations=[replace(evaluation(), verdict=verdict)])).read_text()
+    assert (f"BM25's top 30.\n\n**{verdict}**\n\n" in text) == bool(verdict)
+    assert "****" not in text

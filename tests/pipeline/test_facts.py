@@ -62,9 +62,12 @@ def model_card(run: Run) -> str:
 
 
 def test_a_checkpoint_chosen_on_human_queries_is_called_that(copied):
-    text = model_card(copied())
+    run = copied()
+    text = model_card(run)
     assert "The checkpoint was chosen by its figures on 8 human dev queries;" in text
     assert "no human label" not in text.lower()
+    verdicts = read_manifest(run.root / "evaluation").facts["verdict"]
+    assert f"**{verdicts['in_domain']}**" in text
 
 
 def test_a_checkpoint_chosen_on_held_out_groups_or_on_nothing_known_is_called_that(copied):
