@@ -28,11 +28,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Query:
-    """A human query and the documents that answer it."""
+    """A human query, the documents that answer it, and what type of query it is, where that is known."""
 
     query_id: str
     query: str
     doc_ids: tuple[str, ...]
+    query_type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def read_queries(path: Path) -> list[Query]:
 
     Args:
         path: A file of rows (``.jsonl``, ``.parquet``, ``.csv``, …) with ``query_id``, ``query`` and ``doc_ids``, a
-            list; or with ``doc_id``, where each row is one of a query's documents.
+            list; or with ``doc_id``, where each row is one of a query's documents. A ``qtype`` or ``type`` of text
+            is the type of the query; of several rows of a query the first counts.
 
     Raises:
         EvaluationError: Names the file and the row (counted from 1) that cannot be used.
@@ -67,6 +69,7 @@ def read_queries(path: Path) -> list[Query]:
     single = None if lists is not None and _is_list(rows.table[lists].type) else find_column(rows.table, _DOC_IDS)
     names = (_QUERY_IDS, (*QUERIES, "text"), (single or lists or "doc_ids",))
     ids, texts, docs = (_values(rows, some) for some in names)
+    types = _query_types(rows)
     queries: dict[str, Query] = {}
     for row, (query_id, query, doc_ids) in enumerate(zip(ids, texts, docs, strict=True)):
         query_id, query = _text(query_id, rows, row, "query_id"), _text(query, rows, row, "query")
@@ -80,7 +83,8 @@ def read_queries(path: Path) -> list[Query]:
         if not isinstance(doc_ids, list) or not doc_ids:
             raise EvaluationError(f"{rows.at(row)}: doc_ids must be a list of one or more ids, not {doc_ids!r}")
         more = tuple(_text(doc_id, rows, row, "doc_ids") for doc_id in doc_ids)
-        queries[query_id] = Query(query_id, query, tuple(dict.fromkeys((*(found.doc_ids if found else ()), *more))))
+        every = tuple(dict.fromkeys((*(found.doc_ids if found else ()), *more)))
+        queries[query_id] = Query(query_id, query, every, found.query_type if found else types[row])
     return list(queries.values())
 
 
@@ -177,6 +181,17 @@ def read_judged(candidates_path: Path, qrels_path: Path) -> Judged:
 
 _QUERY_IDS = tuple(name for name in QUERY_IDS if name != "anchor_id")
 _DOC_IDS = tuple(name for name in PASSAGE_IDS if name not in ("_id", "id"))
+_QUERY_TYPES = ("qtype", "query_type", "type")
+
+
+def _query_types(rows: Rows) -> list[str | None]:
+    """Return the type of each row's query; None where it is empty, or where there is no such column of text."""
+    name = find_column(rows.table, _QUERY_TYPES)
+    if name is None or not (
+        pa.types.is_string(rows.table[name].type) or pa.types.is_large_string(rows.table[name].type)
+    ):
+        return [None] * rows.table.num_rows
+    return [(value or "").strip() or None for value in rows.table[name].to_pylist()]
 
 
 def _read_grades(path: Path) -> dict[str, dict[str, int]]:

@@ -77,7 +77,7 @@ def ranking_metrics(run: Run, qrels: Qrels, relevant_from: float | None = None) 
         gains[number] = {names[doc_id]: max(0, round(grade * scale)) for doc_id, grade in grades.items()}
         relevant[number] = {names[doc_id]: int(grade >= relevant_from) for doc_id, grade in grades.items()}
         if run.get(query_id):
-            best = _first(query_id, run[query_id])
+            best = ranking(query_id, run[query_id])[:CUT]
             ranked[number] = {names.get(doc_id, f"unjudged {rank}"): CUT - rank for rank, doc_id in enumerate(best)}
     found: dict[str, dict[str, float]] = {}
     for judgments, measures in ((gains, {f"ndcg_cut.{CUT}"}), (relevant, {f"map_cut.{CUT}", "recip_rank"})):
@@ -132,8 +132,16 @@ def _scale(highest: float) -> float:
     return 10.0 ** math.floor(math.log10(_SOFT_STEPS / highest)) if highest > 0 else 1.0
 
 
-def _first(query_id: str, scores: Mapping[str, float]) -> list[str]:
-    """The best documents, best first: trec_eval keeps scores as float32 and would see new ties."""
+def ranking(query_id: str, scores: Mapping[str, float]) -> list[str]:
+    """Return the documents of a query, best first; trec_eval keeps scores as float32 and would see new ties.
+
+    Args:
+        query_id: Decides with the document's id the order of equal scores, see :func:`ranking_metrics`.
+        scores: Score of each document; higher is better.
+
+    Raises:
+        EvaluationError: An id is not a string, or a score is NaN or no number.
+    """
     _check_ids(query_id, scores)
     values = []
     for doc_id, score in scores.items():
@@ -149,7 +157,7 @@ def _first(query_id: str, scores: Mapping[str, float]) -> list[str]:
         order = sorted(range(len(ids)), key=lambda i: (-values[i], _tie_break(query_id, ids[i])))
     else:
         order = sorted(range(len(ids)), key=lambda i: -values[i])
-    return [ids[i] for i in order[:CUT]]
+    return [ids[i] for i in order]
 
 
 def _tie_break(query_id: str, doc_id: str) -> bytes:

@@ -2,17 +2,18 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import datasets
 import numpy as np
 
+from lce_trainer.artifacts import Manifest
 from lce_trainer.errors import ConfigError
 from lce_trainer.evaluation.compare import choose_weight, compare, fuse, rerank, strongest
 from lce_trainer.evaluation.judged import Query, judgments, read_judged, read_queries
-from lce_trainer.evaluation.report import markdown, table, verdict
+from lce_trainer.evaluation.report import by_query, markdown, table, verdict
 from lce_trainer.hardware import resolve_dtype
 from lce_trainer.model.loading import has_head
 from lce_trainer.model.reranker import Reranker
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 RERANKER = "reranker"  # the trained model's row
 FUSED = "reranker + first stage"
 UNTOUCHED = "base, untouched"
+_BY_QUERY = "_by_query"  # ends the names of the tables that hold a row a query
 
 Runs = dict[str, dict[str, dict[str, float]]]
 
@@ -36,6 +38,7 @@ class _Judged:
     rows: Runs  # the rankings of the first stage, as a user has them
     scores: Runs  # what each retriever gives every document of the pools
     qrels: Mapping[str, Mapping[str, int]]
+    types: Mapping[str, str | None] = field(default_factory=dict)
 
     def first_stage(self, bm25_weight: float) -> dict[str, dict[str, float]]:
         """Return the scores that are fused with the reranker's: the encoder's, with BM25's beside them."""
@@ -59,12 +62,13 @@ def evaluate_systems(run: Run) -> str:
 
     def work() -> Made:
         results: dict[str, datasets.Dataset] = {}
+        queries: dict[str, datasets.Dataset] = {}
         counts: dict[str, int] = {}
         verdicts: dict[str, str] = {}
         notes: dict[str, str] = {}
         if config.queries is not None:
             judged, counts = _in_domain(run, config.queries, config.max_queries)
-            results["in_domain"] = _compare(run, judged, relevant_from=1)
+            results["in_domain"], queries["in_domain"] = _compare(run, judged, relevant_from=1)
             names = ["BM25" if name == "bm25" else "the encoder" for name in judged.scores]
             of = f"each of {' and '.join(names)}" if len(names) > 1 else names[0]
             notes["in_domain"] = (
@@ -73,7 +77,7 @@ def evaluate_systems(run: Run) -> str:
             )
         if config.candidates is not None:
             given = _out_of_domain(run)
-            results["out_of_domain"] = _compare(run, given, relevant_from=config.relevant_from)
+            results["out_of_domain"], queries["out_of_domain"] = _compare(run, given, config.relevant_from)
             sizes = sorted(map(len, given.pools))
             notes["out_of_domain"] = (
                 f"Each system reranks the same candidates, those given in {Path(config.candidates).name}, all of them: "
@@ -86,7 +90,8 @@ def evaluate_systems(run: Run) -> str:
             verdicts[name] = verdict(result, FUSED)
             text = f"{markdown(result)}\n\n{verdicts[name]}\n"
             (folder / f"{name}.md").write_text(text, encoding="utf-8")
-        return results, counts, {"verdict": verdicts, "notes": notes}
+        tables = {**results, **{f"{name}{_BY_QUERY}": rows for name, rows in queries.items()}}
+        return tables, counts, {"verdict": verdicts, "notes": notes}
 
     inputs = ("passages", "model") if config.queries is not None else ("model",)
     shape = {
@@ -97,12 +102,26 @@ def evaluate_systems(run: Run) -> str:
     run.make("evaluation", shape, inputs, work)
     manifest = run.manifest("evaluation")
     texts = []
-    for file in manifest.files:
-        name = file.removesuffix(".parquet")
+    for name in comparisons(manifest):
         results = run.table("evaluation", name)
         title = f"{name.replace('_', ' ')}, {results[0]['queries']} queries; p against the best of the others"
         texts.append(f"{title}\n{table(results)}\n\n{manifest.facts['verdict'][name]}")
     return "\n\n".join(texts)
+
+
+def comparisons(evaluation: Manifest) -> list[str]:
+    """Return the splits of the evaluation artifact that compare systems, one a set of judgments."""
+    names = [file.removesuffix(".parquet") for file in evaluation.files]
+    return [name for name in names if not name.endswith(_BY_QUERY)]
+
+
+def query_table(run: Run, comparison: str) -> datasets.Dataset | None:
+    """Return how each system ranks each query of a comparison, as :func:`lce_trainer.evaluation.report.by_query`.
+
+    None for an evaluation that was made before there was such a table.
+    """
+    name = f"{comparison}{_BY_QUERY}"
+    return run.table("evaluation", name) if f"{name}.parquet" in run.manifest("evaluation").files else None
 
 
 def is_judged(run: Run) -> bool:
@@ -161,7 +180,8 @@ def choose_first_stage_weight(run: Run, model: Path) -> dict[str, float]:
     }
 
 
-def _compare(run: Run, judged: _Judged, relevant_from: int) -> datasets.Dataset:
+def _compare(run: Run, judged: _Judged, relevant_from: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Return the comparison, and how each system ranks each query."""
     chosen = run.manifest("model").facts["first_stage"]
     first_stage = judged.first_stage(chosen["bm25_weight"])
     systems: Runs = dict(judged.rows)
@@ -174,7 +194,7 @@ def _compare(run: Run, judged: _Judged, relevant_from: int) -> datasets.Dataset:
     best = strongest(systems, judged.qrels, list(systems))
     systems[RERANKER] = _rerank(run, run.root / "model", judged)
     systems[FUSED] = fuse(first_stage, systems[RERANKER], chosen["weight"])
-    return compare(
+    results = compare(
         systems,
         judged.qrels,
         baseline=best,
@@ -182,6 +202,17 @@ def _compare(run: Run, judged: _Judged, relevant_from: int) -> datasets.Dataset:
         relevant_from=relevant_from,
         seed=run.recipe.seed,
     )
+    queries = by_query(
+        systems,
+        judged.qrels,
+        judged.queries,
+        judged.pools,
+        first_stage=first_stage,
+        shown=[best, FUSED],
+        types=judged.types,
+        relevant_from=relevant_from,
+    )
+    return results, queries
 
 
 def _rerank(run: Run, model: str | Path, judged: _Judged) -> dict[str, dict[str, float]]:
@@ -222,8 +253,9 @@ def _in_domain(run: Run, path: str, limit: int | None, top_k: int | None = None)
         rows_of["encoder"] = every["dense"]
     ends = np.searchsorted(pool.query, np.arange(len(queries) + 1))
     pools = [[(doc_ids[i], contents[place[i]]) for i in range(start, end)] for start, end in pairwise(ends)]
-    judged = _Judged([(query.query_id, query.query) for query in queries], pools, rows_of, every, qrels)
-    return judged, counts
+    named = [(query.query_id, query.query) for query in queries]
+    types = {query.query_id: query.query_type for query in queries}
+    return _Judged(named, pools, rows_of, every, qrels, types), counts
 
 
 def _best_of(
@@ -256,6 +288,6 @@ def _human_queries(run: Run, path: str, limit: int | None) -> list[Query]:
     """Judged queries, their answers renamed to the documents that duplicates were merged into."""
     kept_as: Mapping[str, str] = run.manifest("passages").facts["merged"]
     return [
-        Query(query.query_id, query.query, tuple(dict.fromkeys(kept_as.get(doc, doc) for doc in query.doc_ids)))
+        replace(query, doc_ids=tuple(dict.fromkeys(kept_as.get(doc, doc) for doc in query.doc_ids)))
         for query in read_queries(run.find(path))[:limit]
     ]

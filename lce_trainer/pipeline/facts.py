@@ -15,7 +15,7 @@ from lce_trainer.evaluation.report import markdown
 from lce_trainer.hub.cards import Evaluation, RunFacts, dataset_card, model_card
 from lce_trainer.hub.contents import Repo, dataset_repo, model_repo
 from lce_trainer.hub.privacy import names_only
-from lce_trainer.pipeline.evaluate import RERANKER
+from lce_trainer.pipeline.evaluate import RERANKER, comparisons
 from lce_trainer.pipeline.run import Run
 from lce_trainer.synthesis.labeling import LabelConfig
 
@@ -147,8 +147,7 @@ def _evaluations(run: Run, model: Manifest) -> list[Evaluation]:
             "publish without figures"
         )
     evaluations = []
-    for file in manifest.files:
-        split = file.removesuffix(".parquet")
+    for split in comparisons(manifest):
         results = run.table("evaluation", split)
         evaluations.append(
             Evaluation(
