@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-lowest test-gpu test-slow bench check format clean
+.PHONY: quickstart test test-lowest test-gpu test-slow bench check format docs design clean
 
 # From the documentation inside your own Python to a reranker, in about 12 minutes on two cores.
 quickstart: $(VENV)/.quickstart
@@ -33,15 +33,32 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The documentation, into site/: without network, and with warnings as errors.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
+
+# The drawing of the folders and their imports, from the code.
+design: $(VENV)/.dev
+	$(BIN)/python -m docs.design.draw
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest runs dist
+	rm -rf $(VENV) $(VENV)-lowest runs dist site
+
+# PyPI's torch for Linux brings several GB of CUDA. Without an NVIDIA GPU the CPU build of PyTorch's own index is taken,
+# 200 MB; where that index cannot be reached, PyPI's.
+CPU_TORCH := https://download.pytorch.org/whl/cpu
+NO_GPU := $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 && echo yes)
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
+ifeq ($(NO_GPU),yes)
+	-@$@ install --quiet --no-deps --retries 1 --timeout 10 -c constraints.txt --index-url $(CPU_TORCH) torch \
+		|| echo "no CPU build of PyTorch from $(CPU_TORCH): taking the one of your package index"
+endif
 
 $(VENV)/.quickstart: pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[quickstart]'
@@ -49,6 +66,10 @@ $(VENV)/.quickstart: pyproject.toml constraints.txt | $(BIN)/pip
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/pip

@@ -8,9 +8,9 @@ joins with its own ``assemble()``. Both work with no network.
 import hashlib
 import importlib
 import importlib.util
+import json
 from pathlib import Path
 
-from lce_trainer.artifacts import digest
 from lce_trainer.errors import ConfigError
 
 _MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "tokenizer*", "vocab*", "merges.txt")
@@ -61,7 +61,7 @@ def model_name(model: str) -> str:
         return path.name if path.is_absolute() else model
     files = [path] if path.is_file() else sorted(file for kind in _MODEL_FILES for file in path.glob(kind))
     what = [(file.name if path.is_dir() else "", file.stat().st_size, _sampled_sha256(file)) for file in files]
-    return f"{path.name.strip('.') or path.resolve().name}@{digest(what)[:8]}"
+    return f"{path.name.strip('.') or path.resolve().name}@{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]}"
 
 
 def _sampled_sha256(path: Path) -> str:

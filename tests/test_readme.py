@@ -4,17 +4,21 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import lce_trainer
 from helpers.paths import ROOT
 from lce_trainer.cli import parser
+from lce_trainer.pipeline.reference import find_keys
 from lce_trainer.pipeline.run import open_run
 
-DOCUMENTS = ("README.md", "docs/trainer.md", "recipes/README.md", "CONTRIBUTING.md", "recipes/medquad/recipe.yaml")
+PAGES = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = ("README.md", "recipes/README.md", "CONTRIBUTING.md", "recipes/medquad/recipe.yaml", *PAGES)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -50,10 +54,17 @@ def test_every_make_target_exists(command):
 
 
 @pytest.mark.parametrize("command", commands("lce-trainer "))
-def test_every_command_parses_and_its_recipe_reads(command, monkeypatch):
+def test_every_command_parses_and_its_recipe_reads(command, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    arguments = parser().parse_args(words_of(command)[1:])
-    open_run(arguments.recipe, arguments.overrides)
+    arguments, overrides = parser().parse_known_args(words_of(command)[1:])
+    if arguments.command == "config":
+        assert find_keys(arguments.section)
+        return
+    recipe = ROOT / str(getattr(arguments, "recipe", "none"))
+    if not recipe.is_file():  # one that the reader writes, or has written by init
+        recipe = tmp_path / "recipe.yaml"
+        recipe.touch()
+    open_run(recipe, [*arguments.overrides, *overrides])
 
 
 @pytest.mark.parametrize("command", commands("accelerate launch"))
@@ -65,7 +76,13 @@ def test_every_launch_names_files_that_exist(command, monkeypatch):
     open_run(Path(recipe), overrides)
 
 
-@pytest.mark.parametrize("block", blocks("yaml"))
+def recipes() -> list[str]:
+    return [
+        block for name in ("README.md", *PAGES) for block in blocks("yaml", (ROOT / name).read_text(encoding="utf-8"))
+    ]
+
+
+@pytest.mark.parametrize("block", recipes())
 def test_every_recipe_shown_reads(block, tmp_path):
     (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
     open_run(tmp_path / "recipe.yaml")
@@ -87,22 +104,49 @@ def test_every_trainer_example_trains(code, tiny_reranker, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def run_with_reranker(called: str, reranker: Path, folder: Path, also: str = "") -> str:
-    """What the one example that calls this prints."""
-    (code,) = [block for block in blocks("python") if called in block]
-    code = re.sub(r'from_pretrained\("[^"]+"', f"from_pretrained({str(reranker)!r}", code)
-    done = subprocess.run([sys.executable, "-c", code + also], cwd=folder, capture_output=True, text=True)
+def test_the_reranker_example_ranks(tiny_reranker, tmp_path):
+    (code,) = [block for block in blocks("python") if "reranker.rank(" in block]
+    code = re.sub(r'from_pretrained\("[^"]+"', f"from_pretrained({str(tiny_reranker)!r}", code)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "RankedPassage(index=" in done.stdout
+
+
+def test_the_readme_is_for_someone_with_two_minutes():
+    lines = README.splitlines()
+    assert len(lines) <= 150 and len(README.split()) <= 900
+    first = next(number for number, line in enumerate(lines) if "pip install" in line)
+    assert first <= 40 and lines.index("make test         # the tests") <= 40
+    assert all(len(line) <= 140 for line in lines)
+    assert README.count("|---|") == 1  # one table
+
+
+def test_the_changelog_begins_with_the_version_of_the_package():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (\S+)", text, re.MULTILINE)[1] == lce_trainer.__version__
+    assert f"version: {lce_trainer.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def made_without(index: str, gpu: bool, tmp_path: Path) -> str:
+    """What ``make`` would run for a new environment, on a Linux machine with an NVIDIA GPU or without."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("make", "uname", "sh", "bash"):
+        (tools / name).symlink_to(shutil.which(name))
+    if gpu:
+        (tools / "nvidia-smi").touch(mode=0o755)
+    command = ["make", "--dry-run", f"VENV={tmp_path / 'new'}", f"CPU_TORCH={index}", "quickstart"]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": str(tools)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_the_reranker_example_ranks(tiny_reranker, tmp_path):
-    assert "RankedPassage(index=" in run_with_reranker("reranker.rank(", tiny_reranker, tmp_path)
-
-
-def test_the_example_that_shares_pairs_scores_them(tiny_reranker, tmp_path):
-    (tmp_path / "pairs.tsv").write_text("what is red\ta red fish\nwhat is blue\ta blue bird\n")
-    assert "(2,)" in run_with_reranker("accelerator=accelerator", tiny_reranker, tmp_path, "print(scores.shape)")
+@pytest.mark.skipif(sys.platform != "linux", reason="PyPI's torch brings CUDA on Linux only")
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_machine_without_a_gpu_takes_the_cpu_build_of_torch(gpu, tmp_path):
+    printed = made_without("https://torch.example/cpu", gpu, tmp_path)
+    assert ("--index-url https://torch.example/cpu torch" in printed) is not gpu
+    assert "install --quiet -c constraints.txt -e '.[quickstart]'" in printed
 
 
 def test_every_link_leads_somewhere():

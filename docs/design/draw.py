@@ -60,7 +60,7 @@ def draw() -> str:
     base = sorted({target for _, target in found if target not in folders})
     users = [*sorted(folders, key=lambda folder: (PLACES[folder][1], PLACES[folder][0])), *base]
     users = [user for user in users if any(source == user for source, target in found if target in base)]
-    top = TOP + 3 * ROW + 150
+    top = TOP + 3 * ROW + 110
     width = max(LEFT + 3 * COLUMN, 150 + 74 * len(base))
     parts = [_line(source, target) for source, target in between]
     parts += [_box(folder) for folder in PLACES]
