@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel
 
 from helpers.paths import ROOT, SHARED_DATA
-from helpers.tiny import WORDS, build_tokenizer
+from helpers.tiny import WORDS, build_model, build_tokenizer
 from lce_trainer.errors import ArtifactError, ConfigError, CorpusError
 from lce_trainer.evaluation.metrics import ranking_metrics
 from lce_trainer.names import resolve_model
@@ -379,3 +379,29 @@ def test_the_packaged_encoder_embeds_as_sentence_transformers_does() -> None:
     theirs = SentenceTransformer(resolve_model(name), device="cpu").encode(texts)
     ours = Encoder(name).passages(texts, progress=False)
     assert (ours * theirs).sum(axis=1).min() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("encoder.layer.1.", "lacks 16 of the model's"),
+        ("tokenizer", "no tokenizer at"),
+        ("weights", "no model at"),
+    ],
+)
+def test_an_encoder_that_lacks_something_gives_no_vectors(lost, message, tmp_path):
+    model, tokenizer = BertModel(build_model().config, add_pooling_layer=False), build_tokenizer()
+    weights = {key: value for key, value in model.state_dict().items() if lost not in key}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    tokenizer.save_pretrained(tmp_path)
+    assert lost in ("tokenizer", "weights") or len(weights) < len(model.state_dict())
+    for file in tmp_path.glob({"tokenizer": "tokenizer*", "weights": "*.safetensors"}.get(lost, "nothing")):
+        file.unlink()
+    with pytest.raises(ConfigError, match=f"no encoder .*{message}"):
+        Encoder(str(tmp_path)).queries(["moon"], progress=False)
+
+
+def test_an_encoder_without_a_pooler_is_whole(tmp_path):
+    BertModel(build_model().config, add_pooling_layer=False).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    assert Encoder(str(tmp_path)).queries(["moon"], progress=False).shape == (1, 32)

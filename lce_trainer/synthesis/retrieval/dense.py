@@ -1,5 +1,6 @@
 """Dense retrieval: passages and queries as vectors of a sentence-transformers model."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,11 +11,14 @@ import datasets
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import AutoModel
 
 from lce_trainer.artifacts import MANIFEST, read_manifest, write_manifest
+from lce_trainer.compat import find_file
 from lce_trainer.errors import ArtifactError, ConfigError
 from lce_trainer.hardware import best_device, multiplies_bfloat16
 from lce_trainer.names import model_name, resolve_model
+from lce_trainer.pretrained import load_checkpoint, load_tokenizer_files
 
 logger = logging.getLogger(__name__)
 
@@ -94,14 +98,31 @@ class Encoder:
             ) from None
         # In bfloat16 where the hardware multiplies it, which moves a cosine by some thousandths.
         dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+        path = resolve_model(self.model)
         try:
+            _check_checkpoint(self.model, path)
             encoder = SentenceTransformer(
-                resolve_model(self.model), device=str(best_device()), model_kwargs={"dtype": dtype}
+                path, device=str(best_device()), model_kwargs={"dtype": dtype, "use_safetensors": True}
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # damaged files fail in whichever way their library fails
             raise ConfigError(f"no encoder {self.model!r}: {' '.join(str(error).split())}") from None
         encoder.max_seq_length = min(self._max_length, encoder.max_seq_length or self._max_length)
         return encoder
+
+
+def _check_checkpoint(name: str, path: str) -> None:
+    """Check that the weights and the tokenizer of an encoder all come from its checkpoint.
+
+    sentence-transformers fills up what is missing with random weights, and its vectors would mean nothing.
+
+    Raises:
+        TrainingError: Something is missing, or cannot be read.
+    """
+    modules = find_file(path, "modules.json")
+    first = json.loads(Path(modules).read_text(encoding="utf-8"))[0] if modules else {"type": ".Transformer"}
+    if str(first.get("type")).endswith(".Transformer") and not first.get("path"):
+        load_checkpoint(AutoModel, name, path, lambda _, key: key.startswith("pooler."))  # embeddings need no pooler
+        load_tokenizer_files(name, path)
 
 
 class DenseIndex:
