@@ -19,7 +19,7 @@ PREFIX = "package:"
 
 
 def resolve_model(name: str) -> str:
-    """The Hub id or local path that ``from_pretrained`` understands.
+    """Return the Hub id or local path that ``from_pretrained`` takes.
 
     Args:
         name: A Hub id, a local path, or ``package:NAME[/SUBFOLDER]``.

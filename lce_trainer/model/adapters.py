@@ -37,7 +37,7 @@ class LoRAConfig:
 
 
 def add_adapters(model: PreTrainedModel, peft_config: Any, mixed_precision: bool) -> Any:
-    """A model with adapters to train; everything else of it is frozen, but the classification head.
+    """Return a model with adapters to train; all its other weights are frozen, but the classification head's.
 
     The base is neither cast nor moved, so it may be quantized; what is trained is float32.
 
@@ -98,7 +98,7 @@ def keep_trainable(model: Any) -> None:
 
 
 def lora(config: LoRAConfig) -> Any:
-    """The ``peft.LoraConfig`` of a recipe; None if it trains all weights.
+    """Return the ``peft.LoraConfig`` of a recipe; None if it trains all weights.
 
     Raises:
         TrainingError: PEFT is not installed.
@@ -126,7 +126,7 @@ def check_mergeable(model: Any) -> None:
 
 
 def merge_adapters(model: Any, weights: Mapping[str, Tensor] | None = None) -> Any:
-    """A copy of a model with its adapters merged into it: a plain model.
+    """Return a copy of a model with its adapters merged into it: a plain model.
 
     Args:
         model: With adapters.
@@ -192,7 +192,7 @@ def load_merged(base: PreTrainedModel, name: str, path: str, new: Sequence[str])
 
 
 def import_peft() -> Any:
-    """The PEFT library.
+    """Import the PEFT library.
 
     Raises:
         TrainingError: It is not installed.

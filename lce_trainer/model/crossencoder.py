@@ -1,4 +1,4 @@
-"""What sentence-transformers keeps beside a model and is needed to score as it does.
+"""The files that sentence-transformers keeps beside a model, and without which it would score otherwise.
 
 It calls chat templates with settings and a default prompt from its own files, and a language model
 that answers yes or no has its tokens in a ``LogitScore`` module.
@@ -27,7 +27,7 @@ _NOT_RENDERED = {"restore_suffix", "padding", "truncation", "max_length", "retur
 
 
 def apply_prompt_settings(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Make the chat template, called alone, render pairs as ``CrossEncoder`` does with its notes.
+    """Make the chat template, called alone, render pairs as ``CrossEncoder`` does with its own settings.
 
     Args:
         tokenizer: Its chat template gets the default prompt as a system message, unless there is
@@ -58,7 +58,7 @@ def apply_prompt_settings(tokenizer: PreTrainedTokenizerBase, path: str) -> None
 
 
 def logit_score_tokens(path: str) -> tuple[int, ...] | None:
-    """The tokens that answer, yes first, by the ``LogitScore`` of a Hub id or folder; None if it has none.
+    """Return the tokens that answer, yes first, by the ``LogitScore`` of a Hub id or folder; None without one.
 
     Raises:
         TrainingError: It has one that does not say which they are.
@@ -87,7 +87,7 @@ def write_cross_encoder_files(folder: Path, answers: Sequence[int] | None, token
     if template is not None:
         formats["message"] = {**scored, "format": "structured" if template.structured else "flat"}
     paths = ["", LOGIT_SCORE][: 1 if answers is None else 2]
-    notes: dict[str, Any] = {
+    files: dict[str, Any] = {
         "modules.json": [
             {"idx": place, "name": str(place), "path": path, "type": kind}
             for place, (path, kind) in enumerate(zip(paths, _TYPES, strict=False))
@@ -106,9 +106,9 @@ def write_cross_encoder_files(folder: Path, answers: Sequence[int] | None, token
     }
     if answers is not None:
         true, false = (*answers, None)[:2]
-        notes[f"{LOGIT_SCORE}/config.json"] = {"true_token_id": true, "false_token_id": false}
+        files[f"{LOGIT_SCORE}/config.json"] = {"true_token_id": true, "false_token_id": false}
         (folder / LOGIT_SCORE).mkdir(exist_ok=True)
-    for name, content in notes.items():
+    for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

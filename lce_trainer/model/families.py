@@ -130,7 +130,7 @@ def is_head_weight(model: PreTrainedModel, key: str) -> bool:
 
 
 def _project(states: Tensor, layers: Sequence[Any], size: int) -> Sequence[Tensor]:
-    """What linear layers make of all states, by heads, each of shape ``(tokens, heads, size)``."""
+    """Return all states after each linear layer, by heads, each of shape ``(tokens, heads, size)``."""
     if is_plain(*layers):
         weight = torch.cat([layer.weight for layer in layers])
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
@@ -175,7 +175,7 @@ def _distilbert_layer(layer: Any, hidden_states: Tensor, *_: Any, packing: Packi
 def _read_attention(
     attention: Any, query: Any, key: Any, value: Any, hidden_states: Tensor, packing: Packing
 ) -> tuple[Tensor, Tensor]:
-    """Context of the tokens that are read, and their states, shape ``(pairs, width)``."""
+    """Return the context of the tokens that the head reads, and their states, shape ``(pairs, width)``."""
     tokens = hidden_states.squeeze(0)
     read, size = tokens[packing.read], attention.attention_head_size
     dropout = attention.dropout.p if attention.training else 0.0
@@ -252,7 +252,7 @@ def _modernbert_layer(
 
 
 def _modernbert_mean(model: Any, *args: Any, packing: Packing, **kwargs: Any) -> SequenceClassifierOutput:
-    """A ModernBERT whose head reads the mean over a pair's tokens."""
+    """Score a packed row with a ModernBERT whose head reads the mean over a pair's tokens."""
     states = model.base_model(*args, packing=packing, **kwargs).last_hidden_state.squeeze(0)
     lengths = packing.starts.diff()
     pair = torch.repeat_interleave(lengths, output_size=len(states))
@@ -299,6 +299,6 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _decoder_head(model: Any, *args: Any, packing: Packing, **kwargs: Any) -> SequenceClassifierOutput:
-    """A decoder with a classification head, which would look for one last token in a packed row."""
+    """Score a packed row with a decoder's classification head, which would search it for one last token."""
     hidden = model.base_model(*args, packing=packing, **kwargs).last_hidden_state
     return SequenceClassifierOutput(logits=model.score(hidden)[:, 0])

@@ -49,29 +49,29 @@ class TokenLists:
 
     @classmethod
     def end_to_end(cls, ids: np.ndarray, counts: np.ndarray) -> "TokenLists":
-        """Texts of ``counts`` tokens each, between which nothing lies."""
+        """Make texts of ``counts`` tokens each that lie end to end."""
         return cls(ids, counts.cumsum() - counts, counts)
 
     @classmethod
     def concatenated(cls, parts: Sequence["TokenLists"]) -> "TokenLists":
-        """Texts that each lie end to end, one part after the other."""
+        """Join texts that each lie end to end, one part after the other."""
         return cls.end_to_end(
             np.concatenate([part.ids for part in parts]), np.concatenate([part.counts for part in parts])
         )
 
     @classmethod
     def of_one(cls, ids: np.ndarray) -> "TokenLists":
-        """A single text."""
+        """Make a single text."""
         return cls(ids, np.zeros(1, dtype=np.int64), np.array([len(ids)]))
 
     @classmethod
     def of(cls, lists: Sequence[Sequence[int]]) -> "TokenLists":
-        """Texts from one list of ids each."""
+        """Make texts from one list of ids each."""
         counts = np.fromiter(map(len, lists), np.int64, len(lists))
         return cls.end_to_end(np.fromiter(chain.from_iterable(lists), np.int32, counts.sum()), counts)
 
     def take(self, rows: np.ndarray | Sequence[int]) -> "TokenLists":
-        """Some of the texts, copied: nothing else is read."""
+        """Copy some of the texts, reading nothing else."""
         counts = self.counts[rows]
         return self.end_to_end(self.ids[slice_indices(self.starts[rows], counts)], counts)
 
@@ -93,12 +93,12 @@ class EncodedPairs:
 
     @classmethod
     def of(cls, lists: Mapping[str, Sequence[Sequence[int]]]) -> "EncodedPairs":
-        """Pairs from one list each, for each of the inputs."""
+        """Make pairs from one list each, for each of the inputs."""
         found = {name: TokenLists.of(rows) for name, rows in lists.items()}
         return cls(found["input_ids"].counts, {name: rows.ids for name, rows in found.items()})
 
     def take(self, rows: np.ndarray) -> "EncodedPairs":
-        """Some of the pairs, in the order of ``rows``, shape ``(chosen,)``."""
+        """Copy some of the pairs, in the order of ``rows``, shape ``(chosen,)``."""
         lengths = self.lengths[rows]
         places = slice_indices((self.lengths.cumsum() - self.lengths)[rows], lengths)
         return EncodedPairs(lengths, {name: values[places] for name, values in self.inputs.items()})
@@ -106,7 +106,7 @@ class EncodedPairs:
 
 @dataclass(frozen=True)
 class PairLayout:
-    """Which special tokens a tokenizer puts around a query and a passage.
+    """The special tokens that a tokenizer puts around a query and a passage.
 
     Attributes:
         separators: Three texts: before the query, between the two, and after the passage.
@@ -124,11 +124,11 @@ class PairLayout:
         return len(self.separators.ids)
 
     def with_separators(self, parts: Sequence[TokenLists]) -> TokenLists:
-        """All texts in one array, after the separators, which are its first three."""
+        """Join all texts in one array, after the separators, which are its first three."""
         return TokenLists.concatenated([self.separators, *parts])
 
     def join(self, texts: TokenLists, rows: np.ndarray, counts: np.ndarray, side: str = "right") -> EncodedPairs:
-        """Pairs of texts, all at once.
+        """Join texts into pairs, all at once.
 
         Args:
             texts: Of :meth:`with_separators`.
@@ -149,7 +149,7 @@ class PairLayout:
 
 
 def pair_layout(tokenizer: PreTrainedTokenizerBase) -> PairLayout:
-    """How a fast tokenizer makes a pair, found by having it make one.
+    """Return how a fast tokenizer makes a pair, found by having it make one.
 
     Raises:
         TrainingError: It does not put the query first and the passage after it, each once and whole.
@@ -184,7 +184,7 @@ def _pair_layout(tokenizer: PreTrainedTokenizerBase, after: bytes | None, has_ty
 
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> TokenLists:
-    """Token ids of texts, without special tokens."""
+    """Tokenize texts, without special tokens."""
     backend = plain_backend(tokenizer)
     parts = (texts[start : start + _TEXTS] for start in range(0, len(texts), _TEXTS))
     encodings = (backend.encode_batch_fast(part, add_special_tokens=False) for part in parts)
@@ -198,7 +198,7 @@ def join_pairs(
     max_length: int,
     max_query_length: int,
 ) -> tuple[EncodedPairs, np.ndarray]:
-    """Pairs of each group's query with each of its passages, all given as token ids.
+    """Join each group's query with each of its passages, all given as token ids.
 
     Args:
         tokenizer: Whose special tokens go around them.
@@ -227,7 +227,7 @@ def encode_groups(
     max_length: int,
     max_query_length: int,
 ) -> tuple[EncodedPairs, np.ndarray]:
-    """Token ids of each query with each of its passages; every query is tokenized once.
+    """Encode each query with each of its passages; every query is tokenized once.
 
     Args:
         tokenizer: A fast tokenizer.
@@ -255,11 +255,11 @@ def encode_by_template(
     max_length: int,
     max_query_length: int | None = None,
 ) -> tuple[EncodedPairs, np.ndarray]:
-    """Token ids of pairs that go through a template.
+    """Encode pairs that go through a template.
 
     Args:
         tokenizer: A fast tokenizer.
-        template: Its own.
+        template: The tokenizer's.
         pairs: Query and passage of each.
         max_length: Tokens of a pair at most, the template's among them. The passage is cut.
         max_query_length: Tokens of a query at most. If None a query is cut only where the pair is too
@@ -330,7 +330,7 @@ def pad_pairs(
 
 
 def length_buckets(lengths: np.ndarray, overhead: int) -> list[np.ndarray]:
-    """The cheapest cut of pairs, sorted by length, into forward passes.
+    """Cut pairs, sorted by length, into forward passes at the least cost.
 
     A pass costs its padded tokens, and ``overhead`` tokens for being one pass more. The optimum
     is found by dynamic programming over the distinct lengths.

@@ -15,7 +15,7 @@ def save_reranker(model: Any, tokenizer: PreTrainedTokenizerBase, max_length: in
 
     Args:
         model: The reranker, not wrapped for training.
-        tokenizer: Its own.
+        tokenizer: The model's.
         max_length: Tokens of a pair that it reads at most.
         folder: Made if it is missing.
     """
@@ -39,7 +39,7 @@ def set_scoring_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_lengt
 
 
 def save_cross_encoder_files(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write beside a saved model what ``CrossEncoder`` cannot tell from its config."""
+    """Write beside a saved model what ``CrossEncoder`` cannot learn from its config."""
     # safetensors writes for the owner alone; the other files are for whom the umask lets read them.
     for weights in folder.glob("*.safetensors"):
         for settings in ("adapter_config.json", "config.json"):

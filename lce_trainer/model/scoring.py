@@ -1,4 +1,4 @@
-"""Pairs into scores: window by window, so that memory holds no more than one of them, on one process or several."""
+"""Score pairs window by window, so that memory holds no more than one of them, in one process or several."""
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -72,7 +72,7 @@ def score_pairs(
 
 
 def _windows(pairs: Iterable[Pair], accelerator: Accelerator | None) -> Iterator[list[Pair]]:
-    """Pairs, so many at a time, checked."""
+    """Yield checked pairs, a window at a time."""
     numbered = enumerate(pairs)
     while True:
         window = [_checked(number, pair) for number, pair in islice(numbered, WINDOW)]
@@ -193,7 +193,7 @@ def _encoder(
 
 
 def longest_first(counts: np.ndarray, room: int) -> np.ndarray:
-    """What ``truncation="longest_first"`` keeps of pairs.
+    """Return how many tokens ``truncation="longest_first"`` keeps of each query and passage.
 
     The shorter text of a pair that is too long keeps at most half of the room, and the longer one gets the rest;
     of two equally long ones the query counts as the shorter.

@@ -1,4 +1,4 @@
-"""What a decoder reads of a query and a passage: a template that the tokenizer keeps.
+"""The template that a decoder reads a query and a passage in, which its tokenizer keeps.
 
 An encoder's tokenizer parts the two texts by its own separators. A decoder's puts nothing between
 them, so they go through a chat template with the roles ``query`` and ``document`` (and ``system``,
@@ -29,7 +29,7 @@ JOINTS = 2  # tokens that a pair may have beyond those of its texts and its temp
 
 @dataclass(frozen=True)
 class PairTemplate:
-    """A chat template, taken apart.
+    """The parts of a chat template for pairs.
 
     Attributes:
         head: Text before the query.
@@ -50,14 +50,14 @@ class PairTemplate:
     overhead: int = 0
 
     def render(self, query: str, passage: str) -> str:
-        """The text of a pair."""
+        """Return the text of a pair."""
         if self.strips:
             query, passage = query.strip(), passage.strip()
         return f"{self.head}{query}{self.middle}{passage}{self.tail}"
 
 
 def pair_template(tokenizer: PreTrainedTokenizerBase) -> PairTemplate | None:
-    """The template that a tokenizer's pairs go through; None if it joins pairs by its own separators.
+    """Return the template that a tokenizer's pairs go through; None if it joins pairs by its own separators.
 
     Raises:
         TrainingError: Its chat template loses the query or the passage, or puts the passage first.
@@ -66,13 +66,13 @@ def pair_template(tokenizer: PreTrainedTokenizerBase) -> PairTemplate | None:
 
 
 def pair_overhead(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of a pair besides its query and passage, at most."""
+    """Return the number of tokens of a pair besides its query and passage, at most."""
     template = pair_template(tokenizer)
     return template.overhead if template else int(tokenizer.num_special_tokens_to_add(pair=True))
 
 
 def configure_template(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """See to it that the tokenizer makes pairs which the model can read.
+    """Have the tokenizer make pairs that the model can read.
 
     A decoder without a trained head gets ``pair_template.jinja``, unless its chat template is
     written for pairs, with the roles ``query`` and ``document``. A decoder that is a reranker
@@ -103,13 +103,13 @@ def configure_template(tokenizer: PreTrainedTokenizerBase, config: PreTrainedCon
 
 
 def is_for_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template names the roles ``query`` and ``document``."""
+    """Return whether the chat template names the roles ``query`` and ``document``."""
     named = re.findall(r"""["'](query|document)["']""", str(tokenizer.chat_template or ""))
     return set(named) == {"query", "document"}
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The tokenizer's own engine, which cuts and pads nothing."""
+    """Return the tokenizer's own engine, set to cut and pad nothing."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -123,7 +123,7 @@ def _default_template() -> str:
 
 @lru_cache(maxsize=16)
 def _parse_template(tokenizer: PreTrainedTokenizerBase, source: str) -> PairTemplate:
-    """A tokenizer's chat template; ``source``, its text, makes the cache notice another one."""
+    """Parse a tokenizer's chat template; ``source``, its text, makes the cache notice another one."""
     query, passage = "queryqzx", "passageqzx"
     for structured in (False, True):
         head, _, rest = _rendered(tokenizer, query, passage, structured).partition(query)
@@ -155,7 +155,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, query: str, passage: str, stru
 
 
 def _with_token_counts(tokenizer: PreTrainedTokenizerBase, template: PairTemplate) -> PairTemplate:
-    """The template with its tokens, found as sentence-transformers finds them: by what two renderings share."""
+    """Add a template's token counts, found as sentence-transformers finds them: by what two renderings share."""
     backend = plain_backend(tokenizer)
     texts = [template.render(text, text) for text in ("0", "1 2 3 4", "")]
     one, other, empty = (encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False))

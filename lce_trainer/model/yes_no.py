@@ -1,15 +1,15 @@
 """Rerankers that answer yes or no: language models as they are, scored by logit(yes) - logit(no).
 
-Such a model, like Qwen3-Reranker, is asked about a pair by its chat template, and its answer is read
-off its language-model head at the last token. It is loaded, trained and saved as the
+The chat template of such a model, like Qwen3-Reranker, puts a question about a pair, and the answer is
+read off its language-model head at the last token. It is loaded, trained and saved as the
 ``ForCausalLM`` checkpoint that it is, so that whoever else uses it goes on as before. Turned into
 a classifier with one label, as is also done, it would score the same, but its head would no longer
 be part of the language model, its format another, and a tied embedding would have to be untied.
 
 Which tokens answer is in the config, under ``sentence_transformers``, and in the
 ``1_LogitScore`` of ``modules.json``, where ``sentence_transformers.CrossEncoder`` reads it. A
-language model without this note is a base for a new classification head, unless it is asked to
-answer yes or no; the prompt is then that of Qwen3-Reranker, in the model's own chat format.
+language model whose config names none is a base for a new classification head, unless ``yes_no`` is
+true; the prompt is then that of Qwen3-Reranker, in the model's own chat format.
 """
 
 import json
@@ -38,7 +38,7 @@ _MARKS = {"system": "instructqzx", "query": "queryqzx", "document": "documentqzx
 
 
 def pair_logits(model: nn.Module, inputs: Mapping[str, Tensor], unwrapped: PreTrainedModel) -> Tensor:
-    """Logit of each pair of a padded batch.
+    """Return the logit of each pair of a padded batch.
 
     Args:
         model: The reranker; it may be wrapped for training.
@@ -69,7 +69,7 @@ def pair_logits(model: nn.Module, inputs: Mapping[str, Tensor], unwrapped: PreTr
 
 
 def answer_scores(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """Score of each pair from the last layer's state at its last token.
+    """Return the score of each pair from the last layer's state at its last token.
 
     Args:
         model: A language model that answers yes or no.
@@ -91,12 +91,12 @@ def _difference(logits: Tensor, answers: Sequence[int]) -> Tensor:
 
 
 def answers_of(model: Any) -> tuple[int, ...] | None:
-    """The tokens that a reranker answers with, yes first; None if it has a classification head."""
+    """Return the tokens that a reranker answers with, yes first; None if it has a classification head."""
     return answer_ids(model.config) if is_language_model(model) else None
 
 
 def answer_ids(config: PreTrainedConfig) -> tuple[int, ...] | None:
-    """The tokens that answer, yes first, by a config; None if it does not say."""
+    """Return the tokens that answer, yes first, by a config; None if it does not name them."""
     ids = (getattr(config, "sentence_transformers", None) or {}).get("answer_ids")
     return None if ids is None else tuple(ids)
 
@@ -110,13 +110,13 @@ def set_answer_ids(config: PreTrainedConfig, answers: Sequence[int]) -> None:
 
 
 def is_language_model(model: Any) -> bool:
-    """Whether a model has a language-model head, adapters or not."""
+    """Return whether a model has a language-model head, with adapters or without."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "ForCausalLM" in type(base).__name__
 
 
 def configure_answers(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """See to it that the config of a language model says which tokens answer, and the tokenizer how it is asked.
+    """Set in the config of a language model which tokens answer, and in its tokenizer the question about a pair.
 
     Raises:
         TrainingError: yes or no is not one token, or there is no chat template to ask by.
@@ -131,7 +131,7 @@ def configure_answers(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConf
         set_answer_ids(config, ids)
         if not is_for_pairs(tokenizer):
             tokenizer.chat_template = question_template(tokenizer)
-            logger.info("the language model is asked whether a document meets the query, and answers yes or no")
+            logger.info("the question to the language model is whether a document meets the query: yes or no")
     pair_template(tokenizer)
 
 
@@ -167,7 +167,7 @@ def question_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _as_template(text: str) -> str:
-    """A chat template that renders the text, with the messages in place of the marks."""
+    """Return a chat template that renders the text, with the messages in place of the marks."""
     pieces, rest = [], text
     for role, mark in _MARKS.items():
         before, _, rest = rest.partition(mark)

@@ -50,7 +50,7 @@ class Packing:
     masks: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
 
     def mask(self, length: int, window: int | None, causal: bool) -> Tensor | None:
-        """Which keys each query of a pair sees, shape ``(length, length)``; None if that is not for a window to say."""
+        """Return which keys each query of a pair attends to, shape ``(length, length)``; None without a window."""
         if window is None or window >= length:
             return None
         if (length, window, causal) not in self.masks:
@@ -75,7 +75,7 @@ def make_packing(lengths: np.ndarray, device: torch.device | str, reads_last: bo
 
 
 def places_in_pairs(lengths: np.ndarray) -> np.ndarray:
-    """Of every token of a row, its place in its pair, from 0; shape ``(tokens,)``."""
+    """Return the place of every token of a row in its pair, from 0; shape ``(tokens,)``."""
     ends = np.cumsum(lengths)
     places: np.ndarray = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
     return places
@@ -93,7 +93,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that ``transformers`` calls: sdpa, unless the input is packed.
+    """Compute attention for ``transformers``: by sdpa, unless the input is packed.
 
     Args:
         module: The attention layer.
@@ -132,7 +132,7 @@ def attend(
     scaling: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Attention of each pair over its own tokens.
+    """Compute the attention of each pair over its own tokens.
 
     Args:
         query: Of all tokens, shape ``(tokens, heads, size)``, or of the token that is read, shape
@@ -177,7 +177,7 @@ def attend_by_calls(
     scaling: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """:func:`attend` on any device; a window is for queries of all tokens."""
+    """Compute :func:`attend` on any device; a window is for queries of all tokens."""
     one_query = len(query) != len(key)
     sizes = [pairs * length for pairs, length in packing.calls]
     parts = (
@@ -210,7 +210,7 @@ def attend_by_calls(
 def _attend_by_products(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
 ) -> Tensor:
-    """Attention as plain batched products, shapes ``(pairs, heads, tokens, size)``."""
+    """Compute attention as plain batched products, shapes ``(pairs, heads, tokens, size)``."""
     pairs, heads, queries, size = query.shape
     q, k, v = (states.reshape(pairs * heads, -1, size) for states in (query, key, value))
     bias = q.new_zeros(()) if mask is None else torch.where(mask, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
@@ -223,7 +223,7 @@ def _attend_by_products(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _within(window: int, key: Tensor, value: Tensor, packing: Packing, causal: bool) -> tuple[Tensor, Tensor, Packing]:
-    """Keys and values that the token which is read sees in its window, and their layout."""
+    """Return the keys and values in the window of the token that the head reads, and their layout."""
     seen = np.minimum(packing.lengths, window)
     ends = np.cumsum(packing.lengths)
     first = ends - (seen if causal else packing.lengths)
@@ -241,7 +241,7 @@ def flash_attention(
     scaling: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """:func:`attend` by torch's flash attention over variable lengths: CUDA, half precision.
+    """Compute :func:`attend` by torch's flash attention over variable lengths: CUDA, half precision.
 
     The operation under ``torch.nn.attention.varlen``, which gives it no dropout, and under attention on
     nested tensors, which gives it no window. It lines the last query up with the last key.
@@ -270,13 +270,13 @@ def flash_attention(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _kernel_works(device: torch.device) -> bool:
-    """Whether a GPU's kernel does what it should."""
+    """Return whether a GPU's kernel computes attention right."""
     return _checked_kernel(device)
 
 
 @cache
 def _checked_kernel(device: torch.device) -> bool:
-    """The same, compared once; why not is logged."""
+    """Compare a GPU's kernel once, and log why it is not used."""
     problem = kernel_problem(flash_attention, device, torch.bfloat16)
     if problem:
         logger.warning("attention on %s goes by calls, one for each length: the kernel %s", device, problem)
@@ -284,7 +284,7 @@ def _checked_kernel(device: torch.device) -> bool:
 
 
 def kernel_problem(kernel: Kernel, device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """What a kernel does otherwise than :func:`attend_by_calls`, forward or backward, if anything.
+    """Return how a kernel differs from :func:`attend_by_calls`, forward or backward; None if it does not.
 
     Args:
         kernel: Takes the arguments of :func:`attend`.
@@ -321,7 +321,7 @@ def _with_gradients(
     dtype: torch.dtype,
     dropout: float = 0.0,
 ) -> list[Tensor]:
-    """Context and gradients by query, key and value of attention over random states, float32."""
+    """Return context and gradients by query, key and value of attention over random states, float32."""
     lengths, draw = np.array([1, 7, 7, 30, 200]), torch.Generator().manual_seed(0)
     packing = make_packing(lengths, device, reads_last=causal)
     queries, tokens, key_heads = (

@@ -1,8 +1,8 @@
-"""What a CPU does faster than PyTorch's own modules have it done.
+"""Dropout and linear layers that are faster on a CPU than PyTorch's own.
 
 Dropout is drawn in bulk: PyTorch draws on one core, one number at a time, which on CPUs not made by Intel was a third
 of a training step. Linear layers go by oneDNN where PyTorch has float32 products made by MKL, which on such CPUs is
-slower; and where no gradient is asked in any precision, bias and GELU within the product.
+slower; and where no gradient is needed, in any precision, bias and GELU are computed within the product.
 """
 
 from functools import cache
@@ -36,10 +36,10 @@ def speed_up(model: nn.Module) -> None:
 
 
 class BulkDropout(Replacement):
-    """Of ``nn.Dropout``."""
+    """Replaces the forward of an ``nn.Dropout``."""
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Of states of any shape."""
+        """Drop some of the states, of any shape."""
         p = float(self.module.p)
         if not self.module.training or not 0 < p < 1 or states.device.type != "cpu":
             return functional.dropout(states, p, self.module.training)
@@ -49,18 +49,18 @@ class BulkDropout(Replacement):
 
 
 class FusedLinear(Replacement):
-    """Of ``nn.Linear``."""
+    """Replaces the forward of an ``nn.Linear``."""
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Of states of shape ``(..., inputs)``."""
+        """Transform states of shape ``(..., inputs)``."""
         return linear(states, self.module.weight, self.module.bias)
 
 
 class FusedLinearGelu(Replacement):
-    """Of the first half of a feed-forward layer, where that is a linear layer and GELU."""
+    """Replaces the forward of the first half of a feed-forward layer: a linear layer and GELU."""
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Of states of shape ``(..., inputs)``."""
+        """Transform states of shape ``(..., inputs)``."""
         dense = self.module.dense
         if not torch.is_grad_enabled() and is_plain(dense) and _goes_fused(states, dense.weight):
             return _fused(states, dense.weight, dense.bias, gelu=True)
@@ -68,7 +68,7 @@ class FusedLinearGelu(Replacement):
 
 
 def is_plain(*layers: Any) -> bool:
-    """Whether these are linear layers, and nobody counts on their being called, as DeepSpeed does to gather weights."""
+    """Return whether these are linear layers that need not be called; DeepSpeed, for one, gathers weights in a call."""
     return all(
         type(layer) is nn.Linear
         and not has_forward_hooks(layer)
@@ -88,7 +88,7 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer of which a gradient is asked; that by the weights MKL makes as fast."""
+    """A linear layer with a gradient; the gradient by the weights is as fast with MKL."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,7 +110,7 @@ class _Linear(torch.autograd.Function):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def draw_dropout(shape: torch.Size, dropout: float) -> tuple[Tensor, float]:
-    """What dropout drops, True where dropped, and the part of it that is expected.
+    """Draw which numbers are dropped, True where dropped; and return the part that is expected to be.
 
     Drawn by numpy under a seed from torch's generator, so whoever sets that gets the same again.
     """
@@ -121,7 +121,7 @@ def draw_dropout(shape: torch.Size, dropout: float) -> tuple[Tensor, float]:
 
 
 def _is_linear_then_gelu(module: Any) -> bool:
-    """Whether it is the ``intermediate`` of BERT and its like."""
+    """Return whether a module is the ``intermediate`` of BERT and its like."""
     if {name for name, _ in module.named_children()} != {"dense", "intermediate_act_fn"}:
         return False
     probe = torch.linspace(-3, 3, 61)
@@ -151,7 +151,7 @@ def _fused(states: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = Fal
 @cache
 @torch.inference_mode()
 def _fusing_works(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch on this CPU has the operation, and it does what it should."""
+    """Return whether this PyTorch on this CPU has the operation, and computes it right."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     draw = torch.Generator().manual_seed(0)

@@ -90,7 +90,7 @@ def _packed_answer(model: Any, *args: Any, packing: Packing, **kwargs: Any) -> S
 
 
 def packs(model: PreTrainedModel) -> bool:
-    """Whether :func:`enable_packing` has made this model take packed rows."""
+    """Return whether :func:`enable_packing` has made this model take packed rows."""
     model = _without_adapters(model)
     by_config = attention_implementation(model.config) == PACKED_ATTENTION
     # A config can be shared with a model that was never enabled.
@@ -109,7 +109,7 @@ def disable_packing(model: PreTrainedModel) -> None:
 
 
 class _Packed(Replacement):
-    """A module's forward for packed rows; without a packing, its class's own."""
+    """Replaces a module's forward for packed rows; without a packing it calls that of its class."""
 
     def __init__(self, module: nn.Module, packed: Callable[..., Any]) -> None:
         super().__init__(module)
@@ -157,7 +157,7 @@ def packed_scores(model: nn.Module, pairs: EncodedPairs, config: PreTrainedConfi
     """Compute the logit of each pair by one packed forward pass.
 
     Args:
-        model: That :func:`enable_packing` has seen; it may be wrapped for training since.
+        model: A model after :func:`enable_packing`; it may be wrapped for training since.
         pairs: What it scores.
         config: The model's.
         device: The device the model is on.
@@ -242,7 +242,7 @@ def pack_pairs(
 
 
 def _filler(tokens: int, longest: int) -> int:
-    """Tokens of one more pair, whose logit nobody reads, that make row lengths repeat; 0 if none is needed.
+    """Return the tokens of one more pair, whose logit nobody reads, so that row lengths repeat; 0 if none is needed.
 
     On a CPU oneDNN's and PyTorch's caches keep what they compiled for each of the last 1024 shapes, and glibc's heap
     is torn by buffers of ever new sizes, so memory grows with every new row length: 1.8 GB instead of 1.2 GB after
@@ -254,7 +254,7 @@ def _filler(tokens: int, longest: int) -> int:
 
 @torch.no_grad()
 def _self_test(model: PreTrainedModel) -> str | None:
-    """What is wrong with the packed scores of made-up pairs, if anything."""
+    """Return what is wrong with the packed scores of random pairs; None if nothing is."""
     config = model.config
     longest = min(140, longest_input(model) or 140)  # more tokens than a window has
     lengths = np.array([3, 9, 9, longest])
