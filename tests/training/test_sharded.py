@@ -145,13 +145,13 @@ def test_a_sharded_run_stops_early_resumes_and_saves_a_plain_checkpoint(sharded)
 
 
 class Plugin:
-    """What shard_by_layer sees of accelerate's."""
+    """The part of accelerate's plugin that shard_by_layer sets."""
 
     transformer_cls_names_to_wrap = None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_are_shared_out_one_by_one(family, monkeypatch):
+def test_layers_are_sharded_one_by_one(family, monkeypatch):
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(accelerator.state, "fsdp_plugin", Plugin(), raising=False)
     model = tiny_model(family)
@@ -161,7 +161,7 @@ def test_layers_are_shared_out_one_by_one(family, monkeypatch):
     assert len(chosen) == 2 and not any(model.get_input_embeddings() in set(module.modules()) for module in chosen)
 
 
-def test_who_asks_for_fsdp_where_accelerate_has_none_is_told(monkeypatch, caplog):
+def test_fsdp_that_accelerate_does_not_offer_is_warned_of(monkeypatch, caplog):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     shard_by_layer(Accelerator(cpu=True), tiny_model("bert"))
-    assert "every process holds it whole" in caplog.text
+    assert "every process holds the whole model" in caplog.text
