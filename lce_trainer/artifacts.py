@@ -20,14 +20,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets.arrow_writer import ArrowWriter
+from typing import TYPE_CHECKING, Any
 
 from lce_trainer.errors import ArtifactError, LCETrainerError
+
+if TYPE_CHECKING:  # who only wants a digest, as scoring does, need not have it
+    import datasets
 
 MANIFEST = "manifest.json"
 _LIBRARIES = ("lce-trainer", "datasets", "transformers", "torch")
@@ -105,7 +103,7 @@ def content_digest(path: Path) -> str:
 
 def save_artifact(
     path: Path,
-    tables: Mapping[str, datasets.Dataset],
+    tables: Mapping[str, "datasets.Dataset"],
     *,
     kind: str,
     config: Mapping[str, Any],
@@ -292,7 +290,7 @@ def why_stale(
     return None
 
 
-def load_table(path: Path, kind: str, split: str = "train") -> datasets.Dataset:
+def load_table(path: Path, kind: str, split: str = "train") -> "datasets.Dataset":
     """One table of a finished artifact, memory-mapped from an Arrow file in ``.cache`` beside it.
 
     Where the folder is not writable the Arrow file lies in a temporary folder that ends with the process.
@@ -300,6 +298,8 @@ def load_table(path: Path, kind: str, split: str = "train") -> datasets.Dataset:
     Raises:
         ArtifactError: As :func:`read_manifest`, or there is no such split.
     """
+    import datasets
+
     manifest = read_manifest(path, kind)
     name = f"{split}.parquet"
     if name not in manifest.files:
@@ -316,6 +316,11 @@ def load_table(path: Path, kind: str, split: str = "train") -> datasets.Dataset:
 
 def _unpack(parquet: Path, folder: Path) -> Path:
     """The folder of a parquet file's Arrow file, which is written unless it is there and verifies."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets.arrow_writer import ArrowWriter
+
     with suppress(ArtifactError):
         read_manifest(folder, "arrow")
         return folder
