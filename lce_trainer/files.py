@@ -376,7 +376,9 @@ def one_line(error: BaseException) -> str:
 def _parquet_table(path: Path, error: type[LCETrainerError]) -> pa.Table:
     try:
         with _open(path):
-            return parquet.read_table(path, memory_map=True)
+            table = parquet.read_table(path, memory_map=True)
+        table.validate(full=True)  # a damaged file may hold bytes that are no text
+        return table
     except (OSError, pa.ArrowException, ValueError, MemoryError, _UnreadableError) as reason:
         raise error(f"{path} cannot be read: {one_line(reason)}") from None
 
@@ -387,6 +389,7 @@ def _parquet_batches(path: Path, columns: Collection[str] | None) -> Iterator[Ro
     wanted = None if columns is None else [name for name in file.schema_arrow.names if name in columns]
     start = 1
     for batch in file.iter_batches(_ROWS, columns=wanted):
+        batch.validate(full=True)
         yield Rows(str(path), pa.Table.from_batches([batch]), np.arange(start, start + batch.num_rows))
         start += batch.num_rows
 

@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 
 from lce_trainer.errors import DataError, GroupsError
 from lce_trainer.files import arrow_table, numbers_of, read_batches, read_fields, read_rows
+from lce_trainer.groups.convert import to_groups
 
 ODD = ["1", "01", "007", "12345678901234567890", "2024-01-15", "true", "NA", "null", "1.0", "1e5", "", " x ", "-0"]
 
@@ -172,6 +173,20 @@ def test_what_cannot_be_read_is_one_line_with_file_and_line(name, tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(GroupsError):
         read_rows(tmp_path / name, error=GroupsError)
+
+
+def test_bytes_in_a_parquet_file_that_are_no_text_are_refused(tmp_path):
+    broken = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\x02\0\0\0"), pa.py_buffer(b"a\x87")])
+    pq.write_table(pa.table({"query": broken, "positive": ["p"], "negative": ["n"]}), tmp_path / "a.parquet")
+    for read in (read_rows, lambda path: list(read_batches(path)), to_groups):
+        with pytest.raises((DataError, GroupsError), match=r"a\.parquet.*[Ii]nvalid UTF8"):
+            read(tmp_path / "a.parquet")
+
+
+def test_a_name_of_a_column_that_no_dataset_can_have_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"query": "q", "\\u0000text": "p", "label": 1, "\\u0000": 2}')
+    with pytest.raises(GroupsError, match=r"a\.jsonl"):
+        to_groups(tmp_path / "a.jsonl")
 
 
 def test_a_cloned_dataset_is_read_by_its_data_files(tmp_path):
