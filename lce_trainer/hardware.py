@@ -4,8 +4,6 @@ from typing import Any
 
 import torch
 
-from lce_trainer.errors import ConfigError
-
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
@@ -18,27 +16,6 @@ def best_device() -> torch.device:
     if torch.accelerator.is_available() and (device := torch.accelerator.current_accelerator()) is not None:
         return device
     return torch.device("cpu")
-
-
-def resolve_device(name: str | torch.device | None) -> torch.device:
-    """Return the device of this name, or the best one for None.
-
-    Raises:
-        ConfigError: There is no such device on this machine.
-    """
-    if name is None:
-        return best_device()
-    try:
-        device = torch.device(name)
-        kind = torch.get_device_module(device) if device.type != "cpu" else torch.cpu
-        there = kind.is_available() and (device.index or 0) < kind.device_count()
-    except (RuntimeError, TypeError, AttributeError):
-        there = False
-    if not there:
-        raise ConfigError(
-            f"device={str(name)!r}: this machine has no such device; the best that it has is {best_device()}"
-        )
-    return device
 
 
 def multiplies_bfloat16() -> bool:

@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,6 @@ from huggingface_hub.hf_api import RepoFile
 from lce_trainer.errors import PublishError
 from lce_trainer.hub.contents import Repo, is_ours
 from lce_trainer.hub.privacy import private_paths, refuse_private
-from lce_trainer.settings import option
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +31,17 @@ _DESCRIPTION = "Uploaded by `lce-trainer publish --create-pr`."
 class PublishConfig:
     """Where the model and the groups go."""
 
-    model_id: str | None = option(None, "Hub repo of the model, as user/name.")
-    dataset_id: str | None = option(None, "Hub repo of the groups, as user/name.")
-    private: bool = option(True, "Make new repos private.")
-    license: str | None = option(None, "License of model and dataset, by the Hub's identifier; null: none is given.")
-    language: str | None = option(
-        None, "Language of queries and passages, by ISO 639 code (en; de, fr), where the corpus does not say."
+    model_id: str | None = field(default=None, metadata={"help": "Hub repo of the model, as user/name."})
+    dataset_id: str | None = field(default=None, metadata={"help": "Hub repo of the groups, as user/name."})
+    private: bool = field(default=True, metadata={"help": "Make new repos private."})
+    license: str | None = field(
+        default=None, metadata={"help": "License of model and dataset, by the Hub's identifier; null: none is given."}
+    )
+    language: str | None = field(
+        default=None,
+        metadata={
+            "help": "Language of queries and passages, by ISO 639 code (en; de, fr), where the corpus does not say."
+        },
     )
 
 

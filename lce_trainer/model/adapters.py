@@ -19,7 +19,7 @@ from lce_trainer.distributed import without_sharding
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.families import head_modules
 from lce_trainer.model.yes_no import is_language_model
-from lce_trainer.pretrained import failed
+from lce_trainer.names import failed
 from lce_trainer.settings import option
 
 

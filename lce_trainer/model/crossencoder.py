@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lce_trainer.compat import find_file
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.template import pair_template
-from lce_trainer.pretrained import failed
+from lce_trainer.names import failed
 
 # sentence-transformers squashes the score of a one-label model unless its config says otherwise.
 RAW_SCORES = {"activation_fn": "torch.nn.modules.linear.Identity"}

@@ -22,8 +22,7 @@ from lce_trainer.model.families import family_of, first_position, has_trained_he
 from lce_trainer.model.modular import configure_head, read_modular_head, set_head
 from lce_trainer.model.template import configure_template
 from lce_trainer.model.yes_no import answer_ids, configure_answers, is_language_model, set_answer_ids
-from lce_trainer.names import resolve_model
-from lce_trainer.pretrained import failed, load_checkpoint, load_tokenizer_files
+from lce_trainer.names import failed, load_checkpoint, load_tokenizer_files, resolve_model
 
 logger = logging.getLogger(__name__)
 

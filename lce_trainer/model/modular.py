@@ -19,7 +19,7 @@ from lce_trainer.compat import find_file
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.crossencoder import read_json
 from lce_trainer.model.families import family_of
-from lce_trainer.pretrained import failed
+from lce_trainer.names import failed
 
 _KINDS = ["Transformer", "Pooling", "Dense", "LayerNorm", "Dense"]
 # Modules of PyTorch, and what transformers calls the same function.

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lce_trainer.errors import ConfigError, TrainingError
-from lce_trainer.hardware import DTYPES, resolve_device
+from lce_trainer.hardware import DTYPES, best_device
 from lce_trainer.model.loading import configure_pairs, load_model, load_tokenizer, longest_input
 from lce_trainer.model.packed.packing import batch_scores, disable_packing, enable_packing
 from lce_trainer.model.saving import save_reranker
@@ -98,7 +98,7 @@ class Reranker:
                 with one label.
             ConfigError: The package of a ``package:`` name is missing, or there is no such device or dtype.
         """
-        place = resolve_device(device)
+        place = _resolve_device(device)
         if not isinstance(dtype, torch.dtype) and dtype not in (None, "auto", *DTYPES):
             raise ConfigError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, not {dtype!r}")
         model = load_model(name, dtype=dtype or "auto", yes_no=yes_no, trained=True)
@@ -185,3 +185,24 @@ def _standardized(scores: np.ndarray) -> np.ndarray:
     centred: np.ndarray = scores - scores.mean() if len(scores) else scores
     spread = centred.std() if len(scores) else 0.0
     return centred / spread if spread > 0 else centred
+
+
+def _resolve_device(name: str | torch.device | None) -> torch.device:
+    """Return the device of this name, or the best one for None.
+
+    Raises:
+        ConfigError: There is no such device on this machine.
+    """
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        kind = torch.get_device_module(device) if device.type != "cpu" else torch.cpu
+        there = kind.is_available() and (device.index or 0) < kind.device_count()
+    except (RuntimeError, TypeError, AttributeError):
+        there = False
+    if not there:
+        raise ConfigError(
+            f"device={str(name)!r}: this machine has no such device; the best that it has is {best_device()}"
+        )
+    return device

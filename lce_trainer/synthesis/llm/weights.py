@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lce_trainer.artifacts import file_sha256, read_manifest, write_manifest
 from lce_trainer.errors import ArtifactError, LLMError
 from lce_trainer.hardware import DTYPES, best_device, resolve_dtype
-from lce_trainer.names import resolve_model
-from lce_trainer.pretrained import load_checkpoint, load_tokenizer_files
+from lce_trainer.names import load_checkpoint, load_tokenizer_files, resolve_model
 from lce_trainer.synthesis.llm.protocol import LLMConfig
 
 logger = logging.getLogger(__name__)
