@@ -17,8 +17,7 @@ from lce_trainer.artifacts import MANIFEST, read_manifest, write_manifest
 from lce_trainer.compat import find_file
 from lce_trainer.errors import ArtifactError, ConfigError
 from lce_trainer.hardware import best_device, multiplies_bfloat16
-from lce_trainer.names import model_name, resolve_model
-from lce_trainer.pretrained import load_checkpoint, load_tokenizer_files
+from lce_trainer.names import load_checkpoint, load_tokenizer_files, model_name, resolve_model
 
 logger = logging.getLogger(__name__)
 
