@@ -6,7 +6,7 @@ The folder of a trained adapter holds the adapter, the head and the tokenizer, a
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from lce_trainer.errors import TrainingError
 from lce_trainer.model.families import head_modules
 from lce_trainer.model.yes_no import is_language_model
 from lce_trainer.names import failed
-from lce_trainer.settings import option
 
 
 @dataclass
@@ -30,10 +29,12 @@ class LoRAConfig:
     They need the ``peft`` extra, and a ``learning_rate`` about ten times that of training all weights.
     """
 
-    r: int = option(0, "Rank of the adapters; 0 trains all weights.")
-    alpha: int = option(32, "Scale of the adapters, divided by their rank.")
-    dropout: float = option(0.05, "Dropout on what the adapters read.")
-    target_modules: list[str] | None = option(None, "Names of the layers adapted; every linear one if null.")
+    r: int = field(default=0, metadata={"help": "Rank of the adapters; 0 trains all weights."})
+    alpha: int = field(default=32, metadata={"help": "Scale of the adapters, divided by their rank."})
+    dropout: float = field(default=0.05, metadata={"help": "Dropout on what the adapters read."})
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers adapted; every linear one if null."}
+    )
 
 
 def add_adapters(model: PreTrainedModel, peft_config: Any, mixed_precision: bool) -> Any:
