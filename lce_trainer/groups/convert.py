@@ -149,9 +149,9 @@ def _read(source: Any, split: str, header: Sequence[str]) -> datasets.Dataset:
 
 def _report(counts: Mapping[str, int]) -> None:
     lost = ("pairs_empty", "queries_without_candidates", "groups_without_positive", "groups_without_negative")
-    said = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items() if count)
+    summary = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items() if count)
     warn = any(count and (name in lost or "_unknown_" in name) for name, count in counts.items())
-    logger.log(logging.WARNING if warn else logging.INFO, "groups: %s", said or "nothing to read")
+    logger.log(logging.WARNING if warn else logging.INFO, "groups: %s", summary or "nothing to read")
 
 
 def load_groups(source: str, split: str = "train") -> datasets.Dataset:

@@ -107,10 +107,10 @@ def row_pairs(
         query, passage = _query_and_passage(texts, columns is None)
         used, pairs = (query, passage), _labeled_pairs(table, query, passage, found, positive_from)
     else:
-        shown = ", ".join(f"{name} ({table[name].type})" for name in chosen.column_names)
+        described = ", ".join(f"{name} ({table[name].type})" for name in chosen.column_names)
         unlabeled = len(texts) == 2 and not (lists or label or negatives)
         why = "pairs without labels hold no negatives" if unlabeled else "cannot tell what these columns hold"
-        raise GroupsError(f"{why}: {shown}. {UNDERSTOOD}")
+        raise GroupsError(f"{why}: {described}. {UNDERSTOOD}")
     if positive_from is not None and (split or negatives):
         raise GroupsError(
             f"positive_from={positive_from} needs labels or scores; {', '.join(used)} say what is positive"
@@ -347,10 +347,10 @@ def _labels_of(column: pa.ChunkedArray, name: str) -> np.ndarray:
             number = pa.array([str(known[word]) for word in known])
             place = pc.index_in(column, value_set=pa.array(list(known)))
             column = pc.coalesce(number.take(place), column.cast(pa.string()))
-        said = [value for value in column.unique().to_pylist() if value is not None and not _floats_or_none(value)]
-        if said:
+        named = [value for value in column.unique().to_pylist() if value is not None and not _floats_or_none(value)]
+        if named:
             raise GroupsError(
-                f"{name} holds {', '.join(repr(value[:40]) for value in said[:5])}: labels are numbers, of which those "
+                f"{name} holds {', '.join(repr(value[:40]) for value in named[:5])}: labels are numbers, of which those "
                 f"above 0 are positive, or words such as {', '.join(_RELEVANT[:3])} and "
                 f"{', '.join(_NOT_RELEVANT[:3])}; turn others into numbers"
             )

@@ -330,23 +330,23 @@ def _explain(error: BaseException, repo: Repo) -> str:
             return f"the Hub cannot be reached ({error}): check the network and HF_ENDPOINT, then run again"
         return str(error)
     status = cause.response.status_code
-    said = f" ({status}: {cause.server_message})" if cause.server_message else f" ({status})"
+    reason = f" ({status}: {cause.server_message})" if cause.server_message else f" ({status})"
     if status == 401:
-        return f"the Hub does not know the token{said}: log in with `hf auth login`, or set HF_TOKEN to a valid one"
+        return f"the Hub does not know the token{reason}: log in with `hf auth login`, or set HF_TOKEN to a valid one"
     if status == 403:
         owner = repo.repo_id.partition("/")[0]
-        return f"the token may not write to {owner!r}{said}: make one with write access there, or name another owner"
+        return f"the token may not write to {owner!r}{reason}: make one with write access there, or name another owner"
     if status == 404:
-        return f"the Hub has no such repo or owner{said}, or hides it from this token: check {repo.repo_id!r}"
+        return f"the Hub has no such repo or owner{reason}, or hides it from this token: check {repo.repo_id!r}"
     if status in (409, 412):
-        return f"the repo changed while this upload ran{said}: run again"
+        return f"the repo changed while this upload ran{reason}: run again"
     if status == 429:
-        return f"the Hub has had too many requests{said}: wait some minutes, then run again"
+        return f"the Hub has had too many requests{reason}: wait some minutes, then run again"
     if status >= 500:
-        return f"the Hub has trouble{said}: run again later"
+        return f"the Hub has trouble{reason}: run again later"
     if type(error) is ValueError:
         return str(error)  # the client's own words: which metadata of the card is not valid
-    return f"the Hub refused{said}"
+    return f"the Hub refused{reason}"
 
 
 def _one_line(text: str) -> str:

@@ -213,7 +213,7 @@ def _check_keys(raw: Mapping[str, Any], known: Sequence[str], where: str) -> Non
 
 def _parse(cls: type, raw: Any, where: str) -> Any:
     if not isinstance(raw, dict):
-        raise ConfigError(f"{where} must be a section of keys, not {_shown(raw)}")
+        raise ConfigError(f"{where} must be a section of keys, not {_as_text(raw)}")
     hints = typing.get_type_hints(cls)
     names = [item.name for item in dataclasses.fields(cls)]
     _check_keys(raw, names, where)
@@ -239,7 +239,7 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        raise ConfigError(f"{place} must be one of {', '.join(map(str, args))}, not {_shown(value)}")
+        raise ConfigError(f"{place} must be one of {', '.join(map(str, args))}, not {_as_text(value)}")
     plain = origin or hint
     if isinstance(value, float) and math.isnan(value):
         raise ConfigError(f"{place} must be a number, not nan")
@@ -250,9 +250,9 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
             raise ConfigError(f"{place} is too large a number") from None
     if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{place} must be {plain.__name__}, not {_shown(value)}")
+    raise ConfigError(f"{place} must be {plain.__name__}, not {_as_text(value)}")
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     """Return a value as a message shows it: aliases in YAML can make of a few lines a value without end."""
     return repr(value) if isinstance(value, str) else reprlib.repr(value)

@@ -122,7 +122,7 @@ def _language(run: Run, own: bool) -> tuple[str, ...]:
         return given
     found = (found,) if isinstance(found, str) else tuple(found)
     if given and given != found:
-        logger.warning("publish.language is %s, but the corpus is %s, and so say the cards", given, found)
+        logger.warning("publish.language is %s, but the corpus is %s, which is what the cards name", given, found)
     return found
 
 

@@ -187,8 +187,8 @@ class Run:
             if not all(map(len, tables.values())):
                 raise ArtifactError(f"nothing is left for {name}: {counts}; loosen what drops rows in the recipe")
             save_artifact(self.root / name, tables, kind=name, config=shape, inputs=digests, counts=counts, facts=facts)
-            said = (f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items() if count)
-            logger.info("%s: %s", name, ", ".join(said))
+            counted = (f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items() if count)
+            logger.info("%s: %s", name, ", ".join(counted))
 
 
 def _hold(lock: FileLock, root: Path, wait: bool) -> str | None:

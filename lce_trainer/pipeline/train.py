@@ -254,7 +254,7 @@ class _Progress(ProgressCallback):  # type: ignore[misc]
         if "loss" in logs:
             self.latest = logs
         if "eval_ndcg@10" in logs:
-            said = "dev nDCG@10 {eval_ndcg@10:.3f}".format_map(logs)
+            message = "dev nDCG@10 {eval_ndcg@10:.3f}".format_map(logs)
             if self.latest:
-                said += ", loss {loss:.3f} where guessing costs {loss_if_guessing:.3f}".format_map(self.latest)
-            logger.info("%s: step %d of %d: %s", self.name, state.global_step, state.max_steps, said)
+                message += ", loss {loss:.3f} where guessing costs {loss_if_guessing:.3f}".format_map(self.latest)
+            logger.info("%s: step %d of %d: %s", self.name, state.global_step, state.max_steps, message)

@@ -122,7 +122,7 @@ class BM25Index:
         """The best passages of each query; of equal ones the first.
 
         Args:
-            queries: What was asked.
+            queries: Texts.
             k: Passages of a query at most.
             progress: Show a bar.
 

@@ -217,16 +217,16 @@ class DenseIndex:
         scores = np.zeros((len(queries), k), dtype=np.float32)
         vectors = self.encoder.queries(queries, progress=progress)
         for start in range(0, len(queries), _QUERIES):
-            asked = torch.from_numpy(vectors[start : start + _QUERIES])
-            best = torch.empty((len(asked), 0))
-            at = torch.empty((len(asked), 0), dtype=torch.int64)
+            block = torch.from_numpy(vectors[start : start + _QUERIES])
+            best = torch.empty((len(block), 0))
+            at = torch.empty((len(block), 0), dtype=torch.int64)
             for first in range(0, len(self), _PASSAGES):
-                found = asked @ torch.from_numpy(np.array(self._vectors[first : first + _PASSAGES])).T
+                found = block @ torch.from_numpy(np.array(self._vectors[first : first + _PASSAGES])).T
                 top = found.topk(min(k, found.shape[1]), dim=1)
                 best, at = torch.cat([best, top.values], 1), torch.cat([at, top.indices + first], 1)
             order = np.lexsort((at.numpy(), -best.numpy()))[:, :k]
-            rows[start : start + len(asked), : order.shape[1]] = np.take_along_axis(at.numpy(), order, 1)
-            scores[start : start + len(asked), : order.shape[1]] = np.take_along_axis(best.numpy(), order, 1)
+            rows[start : start + len(block), : order.shape[1]] = np.take_along_axis(at.numpy(), order, 1)
+            scores[start : start + len(block), : order.shape[1]] = np.take_along_axis(best.numpy(), order, 1)
         return rows, scores
 
     def similarity(self, queries: Sequence[str], query: np.ndarray, passage: np.ndarray) -> np.ndarray:
