@@ -347,10 +347,10 @@ def _labels_of(column: pa.ChunkedArray, name: str) -> np.ndarray:
             number = pa.array([str(known[word]) for word in known])
             place = pc.index_in(column, value_set=pa.array(list(known)))
             column = pc.coalesce(number.take(place), column.cast(pa.string()))
-        words = [value for value in column.unique().to_pylist() if value is not None and not _floats_or_none(value)]
-        if words:
+        odd = [value for value in column.unique().to_pylist() if value is not None and not _floats_or_none(value)]
+        if odd:
             raise GroupsError(
-                f"{name} holds {', '.join(repr(value[:40]) for value in words[:5])}: labels are numbers, of which those "
+                f"{name} holds {', '.join(repr(value[:40]) for value in odd[:5])}: labels are numbers, of which those "
                 f"above 0 are positive, or words such as {', '.join(_RELEVANT[:3])} and "
                 f"{', '.join(_NOT_RELEVANT[:3])}; turn others into numbers"
             )
