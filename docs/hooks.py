@@ -22,6 +22,12 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     return re.sub(r"<!-- (results|recipe|training arguments|command) -->", lambda found: makers[found[1]](), markdown)
 
 
+def on_page_content(content: str, **kwargs: Any) -> str:
+    """Write what docstrings say in the way of Sphinx, roles and double colons, as Markdown would have it."""
+    content = re.sub(r":(?:mod|class|func|meth|data|exc):(<code>)~?", r"\1", content)
+    return re.sub(r"::</p>", ":</p>", content)
+
+
 def _document(name: str) -> str:
     text = (Path(__file__).parents[1] / name).read_text(encoding="utf-8")
     return text.replace("](docs/", "](")
