@@ -137,10 +137,14 @@ def parser() -> argparse.ArgumentParser:
     init.add_argument("overrides", nargs="*", metavar="section.key=value", help="values to write into the recipe")
     config = add("config", "list the keys of a recipe with type, default and help", _CONFIG_EPILOG)
     config.add_argument("section", nargs="?", help="a section such as train.lora, or a key such as mine.top_k")
-    for name, what in _STAGES.items():
+    inspect = "show groups: the query, its positives and its negatives with their soft labels"
+    for name, what in {**_STAGES, "inspect": inspect}.items():
         command = add(name, what, _EPILOG)
         command.add_argument("recipe", type=Path, help="the recipe, a YAML file")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
+        if name == "inspect":
+            command.add_argument("--groups", type=int, default=3, metavar="N", help="how many, drawn by the seed (3)")
+            continue
         command.add_argument(
             "--no-wait", action="store_true", help="fail if another command works in the run folder, do not wait for it"
         )
@@ -199,8 +203,18 @@ def _run(arguments: argparse.Namespace) -> int:
         from lce_trainer.pipeline.run import open_run
 
         run = open_run(arguments.recipe, arguments.overrides)
+        if arguments.command == "inspect":
+            print(_inspect(run, arguments.groups))
+            return 0
         with writing(run.root), run.held(wait=not arguments.no_wait):
             return _run_stages(arguments, run)
+
+
+def _inspect(run: "Run", count: int) -> str:
+    """Return groups of a run, cut to the width of the terminal."""
+    from lce_trainer.pipeline.report import describe_groups, sample_groups
+
+    return describe_groups(sample_groups(run, count), max(shutil.get_terminal_size((100, 24)).columns, 40))
 
 
 def _describe(wanted: str | None) -> str:
@@ -251,6 +265,7 @@ def _convert(source: str, folder: Path) -> str:
 
 def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
     from lce_trainer.pipeline import stages
+    from lce_trainer.pipeline.report import write_report
 
     if arguments.command == "publish":
         published = stages.publish(
@@ -287,6 +302,11 @@ def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
         logger.info("%s took %s", name, _duration(time.monotonic() - start))
         if text is not None and _is_first_process():
             print(f"\n{text}")
+    page = None
+    if arguments.command in ("run", "evaluate") and _is_first_process():
+        page = write_report(run)
+    if arguments.command == "evaluate" and page is not None:
+        print(f"\nreport: {page}")
     if arguments.command == "run" and _is_first_process():
         if "evaluate" not in stages.stages_of(run):
             logger.info("evaluate was left out: the recipe names no human judgments (evaluate.queries)")
@@ -304,8 +324,10 @@ def _duration(seconds: float) -> str:
 
 
 def _what_next(root: Path, seconds: float) -> str:
-    kinds = {"model": "model", "dataset": "groups", "figures": "evaluation"}
-    made = "\n".join(f"  {what + ':':9} {root / name}" for what, name in kinds.items() if (root / name).is_dir())
+    from lce_trainer.pipeline.report import PAGE
+
+    kinds = {"model": "model", "dataset": "groups", "figures": "evaluation", "report": PAGE}
+    made = "\n".join(f"  {what + ':':9} {root / name}" for what, name in kinds.items() if (root / name).exists())
     return f"""
 Done in {_duration(seconds)}.
 {made}

@@ -25,7 +25,7 @@ from lce_trainer.pipeline.reference import recipe_sections
 from lce_trainer.pipeline.run import open_run
 from lce_trainer.training.arguments import LCETrainingArguments
 
-COMMANDS = ("generate", "mine", "label", "train", "evaluate", "run", "publish")
+COMMANDS = ("generate", "mine", "label", "train", "evaluate", "run", "publish", "inspect")
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ def test_the_wheel_holds_templates_prompts_and_typing(wheel):
         "py.typed",
         "synthesis/prompts/query.jinja",
         "model/pair_template.jinja",
+        "pipeline/report.html.jinja",
     ):
         assert f"lce_trainer/{name}" in names
     assert "lce_trainer/synthesis/prompts/verdict.jinja" in names

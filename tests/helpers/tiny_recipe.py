@@ -100,9 +100,9 @@ def write_recipe(folder: Path) -> Path:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """What a run leaves, journals included; neither the Arrow caches nor the logs of how fast it went."""
+    """What a run leaves, journals included; no Arrow caches, no logs of how fast it went, no page that draws a log."""
     files = (file for file in sorted(root.rglob("*")) if file.is_file())
-    names = {file.relative_to(root).as_posix(): file for file in files}
+    names = {file.relative_to(root).as_posix(): file for file in files if file != root / "report.html"}
     return {name: file.read_bytes() for name, file in names.items() if ".cache/" not in name and name[:5] != "logs/"}
 
 

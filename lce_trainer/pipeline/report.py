@@ -1,0 +1,424 @@
+"""The report of a run, one HTML page that needs nothing else; and groups as text for the terminal."""
+
+import json
+import logging
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import jinja2
+import numpy as np
+import pyarrow.parquet as pq
+
+import lce_trainer
+from lce_trainer.artifacts import MANIFEST, Manifest
+from lce_trainer.errors import ConfigError
+from lce_trainer.evaluation.metrics import MEASURES
+from lce_trainer.evaluation.report import MEASURE_NAMES, baseline_of, parts, verdict, wins_and_losses
+from lce_trainer.groups.convert import load_groups
+from lce_trainer.hub.privacy import names_only
+from lce_trainer.pipeline.evaluate import FUSED, RERANKER, comparisons, query_table
+from lce_trainer.pipeline.run import Run
+
+logger = logging.getLogger(__name__)
+
+PAGE = "report.html"
+
+_TEMPLATE = "report.html.jinja"
+# What each artifact is made from, the last one first.
+_PARENTS = {"evaluation": "model", "model": "groups", "groups": "candidates", "candidates": "queries"}
+_PARENTS |= {"queries": "passages"}
+_STAGES = {
+    "passages": "Passages of the corpus",
+    "queries": "Queries written by the language model",
+    "candidates": "Candidates of the first stage",
+    "groups": "Groups, by the judge's labels",
+    "model": "Training",
+    "evaluation": "Evaluation",
+}
+_SECRET = re.compile(r"(^|_)(token|secret|password|api_key)$")
+_EXAMPLES = 3  # groups
+_NEGATIVES = 5  # of a group that are shown
+_BINS = 24
+
+
+def write_report(run: Run) -> Path | None:
+    """Write what a run has made as one HTML page into its folder, unless it stands there already.
+
+    Returns:
+        The page; None if its folder cannot be written into.
+    """
+    path = run.root / PAGE
+    text = render_report(run)
+    try:
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            part = path.with_name(f".{PAGE}.part")
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+    except OSError as error:  # a run in a folder that is only read is evaluated all the same
+        logger.warning("%s is not written: %s", path, error.strerror)
+        return None
+    return path
+
+
+def render_report(run: Run) -> str:
+    """Return the page: what is there of the run, each artifact as long as the following one was made from it.
+
+    The same artifacts and the same log of the training give the same page.
+
+    Raises:
+        ArtifactError: An artifact is damaged.
+    """
+    manifests = _manifests(run)
+    groups = sample_groups(run, _EXAMPLES) if "groups" in manifests else []
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # the texts of a corpus are data
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(words=lambda key: str(key).replace("_", " "), cut=_cut, number=_number)
+    facts = manifests["groups"].facts if "groups" in manifests else {}
+    return environment.get_template(_TEMPLATE).render(
+        name=run.root.name,
+        version=lce_trainer.__version__,
+        comparisons=_comparisons(run, manifests["evaluation"]) if "evaluation" in manifests else [],
+        curves=_curves(run) if "model" in manifests else [],
+        training=_training(manifests["model"]) if "model" in manifests else {},
+        histograms=_histograms(run.root / "groups" / "judged.parquet") if "groups" in manifests else [],
+        judge=manifests["groups"].config.get("judge") if "groups" in manifests else None,
+        source_first=facts.get("source_first", {}),
+        human=facts.get("judge_on_human_labels", {}),
+        shortcuts={name: value for name, value in facts.get("shortcut_auc", {}).items() if value == value},
+        counts=[(_STAGES[name], *_counts(manifests[name])) for name in _STAGES if name in manifests],
+        groups=groups,
+        negatives_shown=_NEGATIVES,
+        libraries=_libraries(manifests),
+        settings=[(name, _settings(run, manifests[name])) for name in _STAGES if name in manifests],
+    )
+
+
+def sample_groups(run: Run, count: int) -> list[dict[str, Any]]:
+    """Return groups of a run drawn at random by the recipe's seed, in the order in which they stand.
+
+    They are those that the recipe makes, or those that it names as ``train.groups``.
+
+    Args:
+        run: A recipe whose groups are made.
+        count: How many; all of them if there are fewer.
+
+    Returns:
+        Of each ``query``, ``positives`` and ``negatives``, which are ``(passage, label, soft label or None)``.
+
+    Raises:
+        ConfigError: ``count`` is below 1.
+        ArtifactError: The groups are not made yet.
+        DataError: The groups that the recipe names cannot be read.
+    """
+    if count < 1:
+        raise ConfigError(f"the number of groups must be 1 or more, not {count}")
+    given = run.recipe.train.groups
+    if given is None:
+        table = run.table("groups")
+    else:
+        table = load_groups(str(run.find(given)) if run.find(given).exists() else given)
+    order = np.random.default_rng(run.recipe.seed).permutation(len(table))
+    return [_group(row) for row in table.select(np.sort(order[:count]))]
+
+
+def describe_groups(groups: Sequence[Mapping[str, Any]], width: int) -> str:
+    """Return groups as text: the query, and a line for each passage with its label and soft label.
+
+    Args:
+        groups: From :func:`sample_groups`.
+        width: Columns of the terminal that a line is cut to; a wide character fills two.
+    """
+    lines = []
+    for group in groups:
+        lines += ["", "query                   " + _one_line(group["query"], width - 24)]
+        for kind in ("positives", "negatives"):
+            for passage, label, score in group[kind]:
+                soft = "" if score is None else f"{score:+.2f}"
+                lines.append(f"  {kind[:-1]} {label:>4g} {soft:>6}  " + _one_line(passage, width - 24))
+    return "\n".join(lines[1:])
+
+
+def _one_line(text: str, width: int) -> str:
+    """Return a text as one line of at most so many columns; what would steer a terminal becomes a space."""
+    text = re.sub(r"\s+", " ", "".join(" " if unicodedata.category(c)[0] == "C" else c for c in text)).strip()
+    columns = np.cumsum([_columns(c) for c in text])
+    if not text or columns[-1] <= width:
+        return text
+    return text[: int(np.searchsorted(columns, width - 1, side="right"))].rstrip() + "…"
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _group(row: Mapping[str, Any]) -> dict[str, Any]:
+    passages, labels = row["passages"], row["labels"]
+    scores = row.get("scores") or [None] * len(passages)
+    found = list(zip(passages, labels, scores, strict=True))
+    return {
+        "query": row["query"],
+        "positives": [item for item in found if item[1] > 0],
+        "negatives": [item for item in found if item[1] <= 0],
+    }
+
+
+def _manifests(run: Run) -> dict[str, Manifest]:
+    """Return the manifests of the artifacts that belong together: what is older or newer than the rest is left out."""
+    found: dict[str, Manifest] = {}
+    latest = next((name for name in _PARENTS if (run.root / name / MANIFEST).is_file()), "passages")
+    if not (run.root / latest / MANIFEST).is_file():
+        return found
+    found[latest] = run.manifest(latest)
+    for name, parent in _PARENTS.items():
+        if name not in found or not (run.root / parent / MANIFEST).is_file():
+            continue
+        manifest = run.manifest(parent)
+        if found[name].inputs.get(parent) == manifest.digest:
+            found[parent] = manifest
+        elif name == "evaluation":  # of the model before this one
+            del found[name]
+            found[parent] = manifest
+        elif parent in found[name].inputs:
+            logger.warning(
+                "%s holds other %s than those that its %s was made from: the report leaves them out",
+                run.root,
+                parent,
+                name,
+            )
+    return found
+
+
+def _comparisons(run: Run, manifest: Manifest) -> list[dict[str, Any]]:
+    return [_comparison(run, manifest, name) for name in comparisons(manifest)]
+
+
+def _comparison(run: Run, manifest: Manifest, name: str) -> dict[str, Any]:
+    results = run.table("evaluation", name)
+    public = _public_names(run, results)
+    rows = [{**row, "system": public[row["system"]]} for row in results.to_list()]
+    results = datasets.Dataset.from_list(rows, features=results.features)
+    baseline = baseline_of(results)
+    line = verdict(results, FUSED)
+    systems: dict[str, dict[str, Any]] = {}
+    for row in results.to_list():
+        systems.setdefault(row["system"], {})[row["measure"]] = row
+    ndcg = [measures["ndcg@10"] for measures in systems.values()]
+    axis = _Axis(min(row["ci_low"] for row in ndcg), max(row["ci_high"] for row in ndcg), least=0.0, most=1.0)
+    queries = query_table(run, name)
+    found: dict[str, Any] = {
+        "title": name.replace("_", " "),
+        "queries": results[0]["queries"],
+        "outcome": line.partition(":")[0],
+        "verdict": line.partition(": ")[2],
+        "note": manifest.facts.get("notes", {}).get(name, ""),
+        "baseline": baseline,
+        "shipped": FUSED,
+        "measures": [(measure, MEASURE_NAMES[measure]) for measure in MEASURES],
+        "systems": systems,
+        "axis": axis,
+        "parts": {},
+        "wins": [],
+        "losses": [],
+    }
+    if queries is not None:
+        original = next(old for old, new in public.items() if new == baseline)
+        found["parts"] = parts(queries, FUSED, original, run.recipe.seed)
+        found["wins"], found["losses"] = wins_and_losses(queries, FUSED, original)
+        found["part_systems"] = [(original, baseline), (RERANKER, RERANKER), (FUSED, FUSED)]
+    return found
+
+
+def _public_names(run: Run, results: datasets.Dataset) -> dict[str, str]:
+    """Return each system's name without a path of the machine, still distinct."""
+    public: dict[str, str] = {}
+    for system in dict.fromkeys(results["system"]):
+        name = base = names_only(system, run.base)
+        count = 1
+        while name in public.values():
+            count += 1
+            name = f"{base} ({count})"
+        public[system] = name
+    return public
+
+
+class _Axis:
+    """An axis from one round number to another; places on it are percent of its length."""
+
+    def __init__(self, low: float, high: float, least: float = -math.inf, most: float = math.inf) -> None:
+        span = max(high - low, 1e-9)
+        step = 10.0 ** math.floor(math.log10(span / 3))
+        step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 5)
+        self.low = max(math.floor(low / step + 1e-9) * step, least)
+        self.high = min(math.ceil(high / step - 1e-9) * step, most)
+        if self.high <= self.low:
+            self.low, self.high = self.low - step, self.high + step
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        self.ticks = [(f"{i * step:,.{digits}f}", self.at(i * step)) for i in range(first, last + 1)]
+
+    def at(self, value: float) -> float:
+        """Return the place of a value, in percent."""
+        return round(100 * (value - self.low) / (self.high - self.low), 2)
+
+
+def _curves(run: Run) -> list[dict[str, Any]]:
+    """Return the charts of the training: dev nDCG@10, and the loss beside that of guessing."""
+    path = run.root / "logs" / "model.json"
+    if not path.is_file():
+        return []
+    state = json.loads(path.read_text(encoding="utf-8"))
+    log = state["log_history"]
+    wanted = (
+        ("nDCG@10 on the dev queries", {"eval_ndcg@10": "dev nDCG@10"}),
+        ("Training loss", {"loss": "loss", "loss_if_guessing": "loss of guessing"}),
+    )
+    steps = [entry["step"] for entry in log]
+    charts = []
+    for title, keys in wanted:
+        lines = {
+            label: [(entry["step"], entry[key]) for entry in log if isinstance(entry.get(key), (int, float))]
+            for key, label in keys.items()
+        }
+        lines = {
+            label: [(step, value) for step, value in points if math.isfinite(value)] for label, points in lines.items()
+        }
+        values = [value for points in lines.values() for _, value in points]
+        if not values:
+            continue
+        x, y = _Axis(0, max(steps)), _Axis(min(values), max(values))
+        best = state.get("best_global_step") if "eval_ndcg@10" in keys else None
+        charts.append(
+            {
+                "title": title,
+                "x": x,
+                "y": y,
+                "chosen": best,
+                "lines": [
+                    (
+                        label,
+                        [(x.at(step), round(100 - y.at(value), 2), step, value) for step, value in points],
+                    )
+                    for label, points in lines.items()
+                    if points
+                ],
+            }
+        )
+    return charts
+
+
+def _training(model: Manifest) -> dict[str, str]:
+    """Return what the training came to, as words."""
+    found = {}
+    dev, first_stage = model.facts.get("dev"), model.facts.get("first_stage", {})
+    if dev is not None:
+        what = "human dev queries" if dev["human"] else "groups held out from training"
+        chose = "chosen on" if dev["chose_checkpoint"] else "not chosen, measured on"
+        found["checkpoint"] = f"{chose} {dev['queries']:,} {what}"
+    if "weight" in first_stage:
+        found["weight of the first stage beside the reranker"] = f"{first_stage['weight']:.2f}"
+    if "bm25_weight" in first_stage:
+        found["weight of BM25 in the first stage"] = f"{first_stage['bm25_weight']:.2f}"
+    for name in ("reranker", "first_stage", "fused"):
+        if (value := first_stage.get(f"dev_ndcg@10_{name}")) is not None:
+            found[f"dev nDCG@10, {name.replace('_', ' ')}"] = f"{value:.3f}"
+    return found
+
+
+def _histograms(path: Path) -> list[dict[str, Any]]:
+    """Return what judge, encoder and teacher gave source passages and other candidates, in bins."""
+    if not path.is_file():
+        return []
+    judged = pq.read_table(path)
+    is_source = judged["is_source"].to_numpy()
+    charts = []
+    for column, title in (
+        ("judge_score", "Score of the judge"),
+        ("cosine", "Cosine of the encoder"),
+        ("teacher_score", "Teacher: the soft label, in standard deviations of the query's candidates"),
+    ):
+        values = judged[column].to_numpy().astype(np.float64)
+        known = np.isfinite(values)
+        if not known.any():
+            continue
+        low, high = np.percentile(values[known], [0.5, 99.5])
+        axis = _Axis(float(low), float(high))
+        edges = np.linspace(axis.low, axis.high, _BINS + 1)
+        kinds = []
+        for name, mine in (("source passages", is_source), ("other candidates", ~is_source)):
+            inside = np.clip(values[mine & known], axis.low, axis.high)  # what lies beyond counts in the last bin
+            if len(inside):
+                share = np.histogram(inside, edges)[0] / len(inside)
+                kinds.append((name, len(inside), float(np.median(inside)), share))
+        top = max(float(share.max()) for *_, share in kinds)
+        charts.append(
+            {
+                "title": title,
+                "axis": axis,
+                "unknown": int((~known).sum()),
+                "kinds": [
+                    (name, count, median, axis.at(median), [round(100 * float(value) / top, 2) for value in share])
+                    for name, count, median, share in kinds
+                ],
+                "places": [(axis.at(a), round(axis.at(b) - axis.at(a), 2)) for a, b in pairwise(edges.tolist())],
+            }
+        )
+    return charts
+
+
+def _counts(manifest: Manifest) -> tuple[list[tuple[str, int]], list[str]]:
+    """Return what was counted, and the names of what was counted and never came up."""
+    some = [(name.replace("_", " "), count) for name, count in manifest.counts.items() if count]
+    return some, [name.replace("_", " ") for name, count in manifest.counts.items() if not count]
+
+
+def _libraries(manifests: Mapping[str, Manifest]) -> dict[str, str]:
+    """Return the versions of the libraries, of all that took part."""
+    found: dict[str, list[str]] = {}
+    for manifest in manifests.values():
+        for name, version in manifest.libraries.items():
+            if version not in found.setdefault(name, []):
+                found[name].append(version)
+    return {name: ", ".join(versions) for name, versions in found.items()}
+
+
+def _settings(run: Run, manifest: Manifest) -> list[tuple[str, str]]:
+    """Return the settings that an artifact was made with, without secrets and paths of the machine."""
+    return [(key, _as_text(value)) for key, value in _public_settings(run, manifest.config).items()]
+
+
+def _public_settings(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
+    public = {}
+    for key, value in settings.items():
+        if _SECRET.search(key):
+            continue
+        public[key] = _public_settings(run, value) if isinstance(value, Mapping) else value
+    return dict(names_only(public, run.base))
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _cut(text: str | None, length: int = 320) -> str:
+    """Return the start of a text, which ends at a word."""
+    text = text or ""
+    if len(text) <= length:
+        return text
+    return text[:length].rpartition(" ")[0] + " …" if " " in text[:length] else f"{text[:length]}…"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
