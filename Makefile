@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart test test-lowest test-gpu test-slow bench check format docs design clean
 
-# From the documentation inside your own Python to a reranker, in about 12 minutes on two cores.
+# From the documentation inside your own Python to a reranker, in about 35 minutes on two cores.
 quickstart: $(VENV)/.quickstart
 	$(BIN)/lce-trainer run recipes/quickstart/recipe.yaml
 
