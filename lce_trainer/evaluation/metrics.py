@@ -74,7 +74,7 @@ def ranking_metrics(run: Run, qrels: Qrels, relevant_from: float | None = None) 
     for query_id, grades in judged.items():
         number, names = numbers[query_id], {doc_id: str(i) for i, doc_id in enumerate(grades)}
         scale = _scale(max(grades.values())) if soft else 1.0
-        gains[number] = {names[doc_id]: max(0, round(grade * scale)) for doc_id, grade in grades.items()}
+        gains[number] = {names[doc_id]: round(max(0.0, grade) * scale) for doc_id, grade in grades.items()}
         relevant[number] = {names[doc_id]: int(grade >= relevant_from) for doc_id, grade in grades.items()}
         if run.get(query_id):
             best = ranking(query_id, run[query_id])[:CUT]
@@ -129,7 +129,7 @@ def _number(value: Any) -> float | None:
 
 def _scale(highest: float) -> float:
     """The power of ten that makes whole gains of a query's soft labels, so that 0.9 stays exactly 9 times 0.1."""
-    return 10.0 ** math.floor(math.log10(_SOFT_STEPS / highest)) if highest > 0 else 1.0
+    return 10.0 ** math.floor(math.log10(_SOFT_STEPS / max(highest, 1e-300))) if highest > 0 else 1.0
 
 
 def ranking(query_id: str, scores: Mapping[str, float]) -> list[str]:

@@ -274,3 +274,11 @@ def test_bm25_on_trec_dl_2019_reads_as_published():
     values = ranking_metrics(run, qrels, relevant_from=2)["ndcg@10"]
     assert len(values) == 43
     assert round(sum(values.values()) / 43, 3) == 0.506
+
+
+@pytest.mark.parametrize("grade", [1.9e-290, 5e-324, 0.5])
+def test_a_tiny_grade_beside_a_huge_negative_one_is_measured(grade):
+    qrels = {"q": {"a": grade, "b": -1.8e14}}
+    values = ranking_metrics({"q": {"a": 1.0, "b": 0.0}}, qrels)
+    assert all(0 <= value <= 1 for by_query in values.values() for value in by_query.values())
+    assert values["mrr@10"]["q"] == 1.0
