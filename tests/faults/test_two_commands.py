@@ -57,8 +57,8 @@ def test_a_second_command_waits_and_logs_who_holds_the_folder(second, finished, 
 
 def test_a_command_that_shall_not_wait_is_one_line(finished, tmp_path):
     root = finished.copy(tmp_path / "run", *ARTIFACTS[:2])
-    # The journal is written long after the folder is held: there the process stops, and holds it.
-    holds = started("label", finished.recipe, f"run_dir={root}", log=tmp_path / "holds")
+    # A whole run takes long after the folder is held: there the process stops, and holds it.
+    holds = started("run", finished.recipe, f"run_dir={root}", log=tmp_path / "holds")
     while not (root / ".lock.json").exists() and holds.is_alive():
         time.sleep(0.02)
     os.kill(holds.pid, signal.SIGSTOP)

@@ -265,7 +265,7 @@ def first_sentences(passages, rows):
 def length_auc(medquad, rows, tmp_path, **options):
     passages, first_stage = medquad
     found, _ = mine_candidates(first_sentences(passages, rows), passages, first_stage, MineConfig())
-    judge, config = HashedJudge(options.pop("lean", 0.0)), LabelConfig(candidates=12, random=0, **options)
+    judge, config = HashedJudge(options.pop("lean", 0.0)), LabelConfig(candidates=12, random=0, negatives=7, **options)
     with Journal(tmp_path / f"{sorted(options.items())}.jsonl") as journal:
         tables, _, facts = label_by(judge, found, passages, config, journal)
     groups = tables["train"]

@@ -227,6 +227,9 @@ def test_other_passages_of_the_sources_document_are_left_out_and_counted(tmp_pat
     assert (sorted(found[0]["passage_ids"]), counts["dropped_same_document"]) == (["p0", "p2"], 1)
     found, counts = mine_candidates(queries, passages, first_stage, MineConfig(same_document=True))
     assert (sorted(found[0]["passage_ids"]), counts["dropped_same_document"]) == (["p0", "p1", "p2"], 0)
+    without_source = queries_of(["fish"], [""])
+    found, counts = mine_candidates(without_source, passages, first_stage, MineConfig())
+    assert (sorted(found[0]["passage_ids"]), counts["queries_with_source"]) == (["p0", "p1", "p2"], 0)
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="no shared/data folder beside the project")

@@ -44,7 +44,7 @@ def mine_candidates(
     with tqdm(total=len(queries), desc="mining", unit=" queries") as bar:
         for batch in columns.iter(_WINDOW):
             texts = batch["query"].to_pylist()
-            source = np.array([row_of[passage_id] for passage_id in batch["source_passage_id"].to_pylist()])
+            source = np.array([row_of.get(passage_id, -1) for passage_id in batch["source_passage_id"].to_pylist()])
             pools = first_stage.search(texts, config.top_k, progress=False)
             kept = _competing(pools, source, documents, texts, first_stage, config, counts)
             query, passage = pools.query[kept], pools.passage[kept]
@@ -83,14 +83,16 @@ def _competing(
     kept = np.ones(len(pools.query), dtype=bool)
     other = pools.passage != source[pools.query]
     if not config.same_document:
-        siblings = other & (documents[pools.passage] == documents[source][pools.query])
+        known = (source >= 0)[pools.query]  # a query of a log has no source passage
+        siblings = known & other & (documents[pools.passage] == documents[source][pools.query])
         counts["dropped_same_document"] += int(siblings.sum())
         kept &= ~siblings
     dense = first_stage.retrievers.get("dense")
     if config.max_similarity is not None and dense is not None:
         cosine = dense.similarity(texts, pools.query, pools.passage)
         of_source = dense.similarity(texts, np.arange(len(texts)), source)
-        similar = kept & other & (cosine > config.max_similarity * of_source[pools.query])
+        known = (source >= 0)[pools.query]
+        similar = kept & known & other & (cosine > config.max_similarity * of_source[pools.query])
         counts["dropped_too_similar"] += int(similar.sum())
         kept &= ~similar
     return kept
