@@ -81,18 +81,17 @@ def _competing(
 ) -> np.ndarray:
     """Return which pairs stay, shape ``(pairs,)``; those that do not are counted by reason."""
     kept = np.ones(len(pools.query), dtype=bool)
-    other = pools.passage != source[pools.query]
+    # A query of a log has no source passage, and so nothing that is left out for being like it.
+    other = (source >= 0)[pools.query] & (pools.passage != source[pools.query])
     if not config.same_document:
-        known = (source >= 0)[pools.query]  # a query of a log has no source passage
-        siblings = known & other & (documents[pools.passage] == documents[source][pools.query])
+        siblings = other & (documents[pools.passage] == documents[source][pools.query])
         counts["dropped_same_document"] += int(siblings.sum())
         kept &= ~siblings
     dense = first_stage.retrievers.get("dense")
     if config.max_similarity is not None and dense is not None:
         cosine = dense.similarity(texts, pools.query, pools.passage)
         of_source = dense.similarity(texts, np.arange(len(texts)), source)
-        known = (source >= 0)[pools.query]
-        similar = kept & known & other & (cosine > config.max_similarity * of_source[pools.query])
+        similar = kept & other & (cosine > config.max_similarity * of_source[pools.query])
         counts["dropped_too_similar"] += int(similar.sum())
         kept &= ~similar
     return kept
