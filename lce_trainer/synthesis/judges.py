@@ -2,7 +2,8 @@
 
 ``likelihood`` is the mean log-probability of the query's tokens after the passage, which small local models can give:
 on MedQuAD their yes or no was at chance (AUC 0.50 to 0.53), their likelihood was not (0.66). ``verdict`` and ``grade``
-ask a strong language model whether, or how well, the passage answers the query. ``reranker`` is a cross-encoder.
+ask a strong language model whether, or how well, the passage answers the query. ``pairwise`` asks it which of two
+passages does so better. ``reranker`` is a cross-encoder.
 """
 
 import math
@@ -25,7 +26,8 @@ _ANSWERS: dict[str, dict[float, tuple[str, ...]]] = {
     "verdict": {1.0: _YES, 0.0: _NO},
     "grade": {float(grade): (f" {grade}", str(grade)) for grade in range(4)},
 }
-_LEAST = 1e-4  # a probability of yes is taken as no nearer than this to 0 or 1 where its log-odds are needed
+_LEAST = 1e-4  # a probability is taken as no nearer than this to 0 or 1 where its log-odds are needed
+_LETTERS = ((" A", "A"), (" B", "B"))
 
 
 class Judge(Protocol):
@@ -158,15 +160,80 @@ class ChoiceJudge:
 
     def scale(self, scores: np.ndarray) -> np.ndarray:
         """Return the log-odds of yes; a grade as it is."""
-        if self._kind != "verdict":
-            return scores
-        inside = np.clip(scores, _LEAST, 1 - _LEAST)
-        odds: np.ndarray = np.log(inside / (1 - inside))
-        return odds
+        return scores if self._kind != "verdict" else _log_odds(scores)
 
     def _render(self, query: str, passage: str) -> str:
         shown = cut_words(passage, self._words)
         return self._prompt.render(passage=shown, query=query, examples=self._examples)
+
+
+class PairwiseJudge:
+    """What says which of two passages answers a query better.
+
+    It is asked about both orders of the two, and its log-odds are averaged, so that a liking for the first or for the
+    second place cancels. Where it abstains in one order it abstains.
+    """
+
+    def __init__(
+        self, llm: LLM, prompt: Prompt, examples: Sequence[dict[str, str]], max_passage_words: int, opponents: int
+    ) -> None:
+        """Take the model and the question.
+
+        Args:
+            llm: Answers.
+            prompt: Rendered with ``query``, ``first``, ``second`` and ``examples``.
+            examples: For the prompt.
+            max_passage_words: Words of a passage that the model reads.
+            opponents: How many other candidates of its query each passage is compared with.
+        """
+        self.name, self.opponents = llm.name, opponents
+        self._llm, self._prompt, self._examples, self._words = llm, prompt, list(examples), max_passage_words
+
+    def key(self, query: str, first: str, second: str) -> str:
+        """Return the digest of everything that the answer to this question depends on."""
+        options = [form for forms in _LETTERS for form in forms]
+        rendered = (self._render(query, first, second), "")
+        return digest({"judge": "pairwise", "llm": self.name, "pair": rendered, "options": options})
+
+    def compare(self, battles: Sequence[tuple[str, str, str]], each: Each | None = None) -> list[float | None]:
+        """Return how likely the first passage of each (query, first, second) is preferred, in this order of the two.
+
+        Args:
+            battles: A query and two passages each.
+            each: As for :meth:`Judge.score`.
+
+        Raises:
+            LLMError: The language model does not answer.
+        """
+
+        def first(masses: Sequence[float] | None) -> float | None:
+            return None if masses is None else float(masses[0])
+
+        alone = each and (lambda place, masses: each(place, first(masses)))
+        prompts = [self._render(*battle) for battle in battles]
+        return [first(masses) for masses in self._llm.choose(prompts, _LETTERS, alone)]
+
+    @staticmethod
+    def wins(first: np.ndarray, swapped: np.ndarray) -> np.ndarray:
+        """Return how likely one passage beats another, from the answers in both orders.
+
+        Args:
+            first: How likely it is preferred where it stands first, shape ``(battles,)``; NaN for an abstention.
+            swapped: How likely the other one is where that stands first.
+        """
+        won: np.ndarray = 1 / (1 + np.exp((_log_odds(swapped) - _log_odds(first)) / 2))
+        return won
+
+    def decide(self, scores: np.ndarray) -> None:
+        """Return None: a strength is known beside those of the other candidates of a query only."""
+
+    def scale(self, scores: np.ndarray) -> np.ndarray:
+        """Return the scores as they are, see :func:`lce_trainer.synthesis.battles.strengths`."""
+        return scores
+
+    def _render(self, query: str, first: str, second: str) -> str:
+        shown = {"first": cut_words(first, self._words), "second": cut_words(second, self._words)}
+        return self._prompt.render(query=query, examples=self._examples, **shown)
 
 
 class RerankerJudge:
@@ -196,3 +263,9 @@ class RerankerJudge:
     def scale(self, scores: np.ndarray) -> np.ndarray:
         """Return the scores as they are."""
         return scores
+
+
+def _log_odds(probabilities: np.ndarray) -> np.ndarray:
+    inside = np.clip(probabilities, _LEAST, 1 - _LEAST)
+    odds: np.ndarray = np.log(inside / (1 - inside))
+    return odds

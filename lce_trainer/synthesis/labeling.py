@@ -8,7 +8,7 @@ over the query's pool and added. On the quickstart's human dev queries the sum r
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,8 +21,9 @@ from lce_trainer.artifacts import digest
 from lce_trainer.errors import ConfigError, LabelError
 from lce_trainer.groups.schema import GROUPS_FEATURES
 from lce_trainer.settings import option
+from lce_trainer.synthesis.battles import draw_battles, strengths
 from lce_trainer.synthesis.journal import Journal, ask
-from lce_trainer.synthesis.judges import ChoiceJudge, Judge, LikelihoodJudge, RerankerJudge
+from lce_trainer.synthesis.judges import ChoiceJudge, Judge, LikelihoodJudge, PairwiseJudge, RerankerJudge
 from lce_trainer.synthesis.llm.protocol import LLM, Each
 from lce_trainer.synthesis.prompts import Prompt
 from lce_trainer.synthesis.queries import plan_batches
@@ -44,14 +45,24 @@ _WINDOW = 10_000
 class LabelConfig:
     """How candidates become positives and negatives, and what their soft labels are."""
 
-    judge: Literal["likelihood", "verdict", "grade", "reranker"] = option(
+    judge: Literal["likelihood", "verdict", "grade", "pairwise", "reranker"] = option(
         "likelihood",
-        "likelihood: how well the passage explains the query, for small models; verdict: yes or no, and grade: 0 to 3, "
-        "for strong ones; reranker: a cross-encoder, named by label.reranker.",
+        "likelihood: how well the passage explains the query, for small models; verdict: yes or no, grade: 0 to 3, and "
+        "pairwise: which of two passages is better, for strong ones; reranker: a cross-encoder, named by "
+        "label.reranker.",
     )
     reranker: str | None = option(None, "The reranker that judges: Hub id or folder.")
+    opponents: int = option(
+        4,
+        "pairwise: other candidates of its query that each candidate is compared with, an even number; of fewer, all. "
+        "Each comparison is asked in both orders, so a candidate takes this many calls.",
+    )
     prompt: str | None = option(None, "A prompt by name or .jinja path; the judge's own if null.")
-    examples: list[dict[str, str]] = option([], "Few-shot examples for the prompt: passage, query.")
+    examples: list[dict[str, str]] = option(
+        [],
+        "Few-shot examples for the prompt: passage, query; verdict, grade: answer too; pairwise: query, first, second, "
+        "answer.",
+    )
     candidates: int = option(16, "Passages of each query that are judged, the source passage among them.")
     random: int = option(3, "How many of them are drawn from the whole corpus, as easy negatives.")
     negatives: int = option(15, "Negatives a group holds at most.")
@@ -79,6 +90,15 @@ class LabelConfig:
     )
     match_length: bool = option(True, "Prefer negatives whose length matches the positive's.")
 
+    def __post_init__(self) -> None:
+        """Check what no single value shows to be wrong.
+
+        Raises:
+            ConfigError: Names the key.
+        """
+        if self.opponents < 2 or self.opponents % 2:
+            raise ConfigError(f"label.opponents must be an even number, 2 or more, not {self.opponents}")
+
 
 @dataclass(frozen=True)
 class _Pool:
@@ -94,7 +114,7 @@ class _Pool:
     is_source: np.ndarray  # (pairs,)
 
 
-def load_judge(config: LabelConfig, llm: LLM, prompt: Prompt | None) -> Judge:
+def load_judge(config: LabelConfig, llm: LLM, prompt: Prompt | None) -> Judge | PairwiseJudge:
     """Return the judge that a recipe names.
 
     Raises:
@@ -107,6 +127,8 @@ def load_judge(config: LabelConfig, llm: LLM, prompt: Prompt | None) -> Judge:
     assert prompt is not None  # every judge that is a language model has one
     if config.judge == "likelihood":
         return LikelihoodJudge(llm, prompt, config.examples, config.max_passage_words)
+    if config.judge == "pairwise":
+        return PairwiseJudge(llm, prompt, config.examples, config.max_passage_words, config.opponents)
     positive, negative = {"verdict": (0.6, 0.3), "grade": (1.5, 0.75)}[config.judge]
     return ChoiceJudge(
         config.judge,
@@ -122,7 +144,7 @@ def load_judge(config: LabelConfig, llm: LLM, prompt: Prompt | None) -> Judge:
 def label_candidates(
     candidates: datasets.Dataset,
     passages: datasets.Dataset,
-    judge: Judge,
+    judge: Judge | PairwiseJudge,
     dense: DenseIndex | None,
     config: LabelConfig,
     seed: int,
@@ -152,9 +174,8 @@ def label_candidates(
         raise LabelError("there are no candidates to judge: no query was written, or none was mined for")
     pool = _draw_pool(candidates, passages, config, seed)
     order = np.random.default_rng(seed).permutation(len(pool.queries))
-    shuffled = np.argsort(np.argsort(order)[pool.query], kind="stable")
     pairs = [(pool.queries[q], pool.texts[p]) for q, p in zip(pool.query, pool.passage, strict=True)]
-    scores = _judge(pairs, judge, journal, shuffled, seed)
+    scores = _judge(pairs, pool.query, judge, journal, np.argsort(order), seed)
     cosines = None if dense is None else dense.similarity(pool.queries, pool.query, pool.rows[pool.passage])
     teacher = _teacher(judge.scale(scores), cosines, pool.query, config.judge_weight)
 
@@ -184,7 +205,7 @@ def label_candidates(
     return {"train": groups, "judged": judged}, counts, facts
 
 
-def check_judge(human: datasets.Dataset, judge: Judge, journal: Journal) -> dict[str, float]:
+def check_judge(human: datasets.Dataset, judge: Judge | PairwiseJudge, journal: Journal) -> dict[str, float]:
     """Measure the judge on pairs that people have labelled.
 
     Args:
@@ -205,7 +226,7 @@ def check_judge(human: datasets.Dataset, judge: Judge, journal: Journal) -> dict
     answers = np.concatenate([np.asarray(row["labels"]) > 0 for row in rows])
     sizes = [len(row["labels"]) for row in rows]
     query = np.repeat(np.arange(len(rows)), sizes)
-    scores = _judge(pairs, judge, journal, np.arange(len(pairs)), seed=0)
+    scores = _judge(pairs, query, judge, journal, np.arange(len(rows)), seed=0)
     worst = np.where(np.isnan(scores), -np.inf, scores)
     return {
         "pairs": len(pairs),
@@ -219,25 +240,64 @@ def check_judge(human: datasets.Dataset, judge: Judge, journal: Journal) -> dict
 
 
 def _judge(
-    pairs: Sequence[tuple[str, str]], judge: Judge, journal: Journal, order: np.ndarray, seed: int
+    pairs: Sequence[tuple[str, str]],
+    query: np.ndarray,
+    judge: Judge | PairwiseJudge,
+    journal: Journal,
+    turn: np.ndarray,
+    seed: int,
 ) -> np.ndarray:
     """Return the score of each (query, passage), float64; NaN where the judge abstains.
 
     Args:
         pairs: What is judged.
+        query: Number of the query of each, shape ``(pairs,)``.
         judge: Scores them.
         journal: Where its answers are kept.
-        order: Indices of ``pairs``, queries shuffled, so that any prefix of the work is a fair sample.
+        turn: When each query is worked on, shape ``(queries,)``: in random order, any prefix of the work is a fair
+            sample.
+        seed: Seeds the order of batches, and who meets whom.
+    """
+    if not isinstance(judge, PairwiseJudge):
+        # The queries asked about one passage are asked together: the LLM reads it once for all of them.
+        return _ask(pairs, [text for _, text in pairs], judge.key, judge.score, journal, turn[query], seed)
+    left, right = draw_battles(query, ["\0".join(pair) for pair in pairs], judge.opponents, seed)
+    battles = [(*pairs[one], pairs[other][1]) for one, other in zip(left, right, strict=True)]
+    battles += [(text, second, first) for text, first, second in battles]
+    belongs = [text for text, _, _ in battles]
+    first, swapped = np.split(
+        _ask(battles, belongs, judge.key, judge.compare, journal, turn[query[np.r_[left, left]]], seed), 2
+    )
+    return strengths(left, right, judge.wins(first, swapped), query)
+
+
+def _ask(
+    items: Sequence[Any],
+    belongs: Sequence[str],
+    key: Callable[..., str],
+    score: Callable[[Any, Each], Sequence[float | None]],
+    journal: Journal,
+    turn: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+    """Return a judge's answer to each item, float64; NaN where it abstains.
+
+    Args:
+        items: The texts that the judge reads, a tuple each.
+        belongs: What items share that are best asked together, one each.
+        key: Digest of an item's texts.
+        score: Asks the judge for several.
+        journal: Where its answers are kept.
+        turn: When each is asked, shape ``(items,)``.
         seed: Seeds the order of batches.
     """
     # Only digests are kept: all prompts at once would fill the memory.
-    keys = [judge.key(*pair) for pair in tqdm(pairs, desc="preparing", unit=" pairs", delay=5)]
-    # The queries asked about one passage are asked together: the LLM reads it once for all of them.
-    passages = [pairs[index][1] for index in order]
-    batches = [[int(order[place]) for place in batch] for batch in plan_batches(passages, seed)]
+    keys = [key(*item) for item in tqdm(items, desc="preparing", unit=" pairs", delay=5)]
+    order = np.argsort(turn, kind="stable")
+    batches = [[int(order[place]) for place in batch] for batch in plan_batches([belongs[i] for i in order], seed)]
 
     def call(batch: Sequence[int], each: Each) -> Sequence[float | None]:
-        return judge.score([pairs[index] for index in batch], each)
+        return score([items[index] for index in batch], each)
 
     answers = ask(journal, keys, batches, call, "judging")
     return np.array([math.nan if answer is None else answer for answer in answers], dtype=np.float64)
@@ -329,7 +389,7 @@ def standardize(values: np.ndarray, query: np.ndarray) -> np.ndarray:
 
 
 def _decide(
-    scores: np.ndarray, teacher: np.ndarray, pool: _Pool, judge: Judge, config: LabelConfig
+    scores: np.ndarray, teacher: np.ndarray, pool: _Pool, judge: Judge | PairwiseJudge, config: LabelConfig
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """Return which pairs are positive, which could be negative, and how many are neither and why."""
     counts = {"queries": len(pool.queries), "pairs_judged": len(scores)}

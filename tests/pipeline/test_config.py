@@ -44,7 +44,11 @@ def test_overrides_reach_nested_keys_and_read_yaml_values(tmp_path):
         ("", ["seed.more=1"], "corpus|seed"),
         ("corpus: {max_words: many}", [], "corpus.max_words must be int, not 'many'"),
         ("seed: true", [], "seed must be int, not True"),
-        ("label: {judge: oracle}", [], "label.judge must be one of likelihood, verdict, grade, reranker, not 'oracle'"),
+        (
+            "label: {judge: oracle}",
+            [],
+            "label.judge must be one of likelihood, verdict, grade, pairwise, reranker, not 'oracle'",
+        ),
         ("[1, 2]", [], "must hold sections"),
         ("corpus: 3", [], "corpus must be a section"),
         ("train: 3", [], "train must be a section"),

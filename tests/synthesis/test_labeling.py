@@ -1,4 +1,5 @@
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -369,6 +370,87 @@ def test_a_grade_is_the_expected_one(tmp_path):
     judged = {row["passage_id"]: (row["judge_score"], row["label"]) for row in tables["judged"]}
     assert judged == {"a": (2.5, "positive"), "b": (0.5, "negative"), "c": (1.0, "left out"), "d": (None, "left out")}
     assert (counts["dropped_abstained"], counts["dropped_undecided"]) == (1, 1)
+
+
+PAIRWISE = Prompt("pairwise.jinja", "Query: {{ query }}\nA: {{ first }}\nB: {{ second }}\nBetter:")
+
+
+class Battles:
+    """A model that prefers the better of two passages, and whichever stands first by so many nats besides."""
+
+    name = "battles"
+
+    def __init__(self, strength, liking=0.0, abstains_at=None, sharpness=1.0):
+        self.strength, self.liking, self.abstains_at, self.sharpness = strength, liking, abstains_at, sharpness
+        self.asked = []
+
+    def choose(self, prompts, options, each=None):
+        assert [list(forms) for forms in options] == [[" A", "A"], [" B", "B"]]
+        self.asked += prompts
+        return [self.answer(*re.findall(r"^[AB]: (\S+)", prompt, re.MULTILINE)) for prompt in prompts]
+
+    def answer(self, first, second):
+        if self.abstains_at in (first, second):
+            return None
+        odds = self.sharpness * (self.strength[first] - self.strength[second]) + self.liking
+        return [1 / (1 + math.exp(-odds)), 1 / (1 + math.exp(odds))]
+
+
+def battle(tmp_path, llm, found="bcdef", seed=0, **options):
+    config = LabelConfig(judge="pairwise", random=0, **options)
+    with Journal(tmp_path / "battles.jsonl") as journal:
+        return label_by(llm, mined(found), PASSAGES, config, journal, seed, PAIRWISE)
+
+
+def test_battles_rank_the_candidates_whichever_place_the_model_likes(tmp_path):
+    strength = {"a": 2.0, "b": 0.0, "c": 3.0, "d": -1.0, "e": 1.0, "f": -2.0}
+    fair, biased = Battles(strength), Battles(strength, liking=1.5)
+    (tmp_path / "biased").mkdir()
+    tables, counts, facts = battle(tmp_path, fair, opponents=2)
+    others, _, _ = battle(tmp_path / "biased", biased, opponents=2)
+    assert len(fair.asked) == len(set(fair.asked)) == 6 * 2  # each meets two, in both orders
+    judged = {row["passage_id"]: row for row in tables["judged"]}
+    by_score = sorted(judged, key=lambda key: judged[key]["judge_score"])
+    assert by_score == list("fdbeac")
+    assert others["judged"]["judge_score"] == pytest.approx(tables["judged"]["judge_score"], abs=1e-6)
+    # As under the other judges whose scores mean nothing by themselves: c beats the source, and is no negative.
+    assert [key for key in "abcdef" if judged[key]["label"] == "negative"] == list("bdef")
+    assert (counts["dropped_as_good_as_source"], facts["source_first"]["judge"]) == (1, 0.0)
+    assert sum(row["judge_score"] for row in tables["judged"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_battles_are_journaled_and_each_is_asked_once(tmp_path):
+    strength = dict(zip("abcdef", [2.0, 0.0, 1.0, -1.0, 1.0, -2.0], strict=True))
+    first, again = Battles(strength), Battles(strength)
+    tables, _, _ = battle(tmp_path, first)
+    repeated, _, _ = battle(tmp_path, again)
+    assert len(first.asked) == 6 * 4 and not again.asked
+    assert repeated["train"].to_list() == tables["train"].to_list()
+
+
+def test_a_candidate_whose_battles_have_no_answer_is_left_out_and_one_source_drops_its_query(tmp_path):
+    strength = dict(zip("abcdef", [2.0, 0.0, 1.0, -1.0, 1.0, -2.0], strict=True))
+    tables, _, _ = battle(tmp_path, Battles(strength, abstains_at="c"))
+    judged = {row["passage_id"]: (row["judge_score"], row["label"]) for row in tables["judged"]}
+    assert judged["c"] == (None, "left out") and "c" not in tables["train"]["passage_ids"][0]
+    with pytest.raises(LabelError, match="no group is left"):
+        (tmp_path / "source").mkdir()
+        battle(tmp_path / "source", Battles(strength, abstains_at="a"))
+
+
+def test_opponents_are_an_even_number():
+    for opponents in (0, 3):
+        with pytest.raises(ConfigError, match=r"label\.opponents must be an even number, 2 or more, not"):
+            LabelConfig(opponents=opponents)
+
+
+def test_a_pairwise_judge_is_measured_on_what_people_labelled_within_each_query(tmp_path):
+    human = datasets.Dataset.from_dict(
+        {"query_id": ["q"], "query": ["q"], "passages": [["a", "b", "c"]], "labels": [[0.0, 1.0, 0.0]]}
+    )
+    judge = load_judge(LabelConfig(judge="pairwise"), Battles({"a": 0.0, "b": 2.0, "c": 1.0}), PAIRWISE)
+    with Journal(tmp_path / "j") as journal:
+        assert check_judge(human, judge, journal)["auc_within_query"] == 1.0
 
 
 def test_a_reranker_can_be_the_judge(tmp_path, tiny_reranker):

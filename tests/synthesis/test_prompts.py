@@ -33,6 +33,12 @@ def test_the_verdict_prompt_ends_where_yes_or_no_comes_next():
     assert text.count("? Yes\n") == text.count("? No\n") >= 1  # as many of one as of the other
 
 
+def test_the_pairwise_prompt_ends_where_a_letter_comes_next_and_favours_none():
+    text = load_prompt("pairwise").render(query="Q", first="P", second="R", examples=[])
+    assert text.endswith("\n\nQuery: Q\nPassage A: P\nPassage B: R\nBetter passage:")
+    assert text.count("passage: A\n") == text.count("passage: B\n") == 2
+
+
 def test_verdict_examples_are_yours_when_you_give_some():
     examples = [{"query": "A", "passage": "B", "answer": "Yes"}]
     text = load_prompt("verdict").render(query="Q", passage="P", examples=examples)
@@ -79,7 +85,7 @@ def test_a_path_is_found_as_written_and_then_beside_the_recipe(tmp_path, monkeyp
 
 
 def test_an_unknown_prompt_is_answered_with_the_known_ones(tmp_path):
-    with pytest.raises(PromptError, match="likelihood, query, verdict"):
+    with pytest.raises(PromptError, match="likelihood, pairwise, query, verdict"):
         load_prompt("querry")
     with pytest.raises(PromptError, match=r"no prompt at .*gone\.jinja: No such file"):
         load_prompt(str(tmp_path / "gone.jinja"))
