@@ -233,9 +233,17 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
     """Check a YAML value against its annotation; a whole number will do for a float."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None and type(None) in args:
             return None
-        return _convert(value, next(arg for arg in args if arg is not type(None)), place)
+        wanted = []
+        for kind in (arg for arg in args if arg is not type(None)):
+            try:
+                return _convert(value, kind, place)
+            except ConfigError as error:
+                wanted.append(str(error).removeprefix(f"{place} must be ").rpartition(", not ")[0])
+        if len(wanted) == 1:
+            _convert(value, next(arg for arg in args if arg is not type(None)), place)  # raises
+        raise ConfigError(f"{place} must be {' or '.join(wanted)}, not {_as_text(value)}")
     if origin is Literal:
         if value in args:
             return value

@@ -91,7 +91,12 @@ def _add_labels(facts: RunFacts, groups: Manifest) -> None:
     settings = {item.name for item in fields(LabelConfig)} - {"judge", "examples"}
     facts.llm = groups.facts.get("llm", "")
     facts.judge = judge
-    facts.judge_settings = {key: value for key, value in config.items() if key in settings and value is not None}
+    shown = {key: value for key, value in config.items() if key in settings and value is not None}
+    if (choice := groups.facts.get("judge_weight")) is not None:
+        shown["judge_weight"] = (
+            f"{choice['chosen']:g}, which ranked the source passages of {choice['documents']} documents highest"
+        )
+    facts.judge_settings = shown
     facts.label_counts = groups.counts
     facts.shortcut_auc = groups.facts.get("shortcut_auc", {})
     if "prompt" in groups.facts:

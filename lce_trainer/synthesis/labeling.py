@@ -39,6 +39,21 @@ _LEAN = 0.1
 _LEAN_AT_FIRST = 8
 # Groups built at once: an Arrow array of strings ends at 2 GiB.
 _WINDOW = 10_000
+# What becomes of a judged pair, and why; the names are those of the manifest's counts.
+_REASONS = (
+    "source",
+    "promoted",
+    "negative",
+    "kept_as_good_as_source",
+    "negative_not_taken",
+    "dropped_as_good_as_source",
+    "undecided",
+    "abstained",
+    "source_rejected",
+    "source_abstained",
+)
+_WEIGHTS = tuple(tenths / 10 for tenths in range(16))  # of the judge beside the encoder, from which auto chooses
+_HELD_OUT = 100  # documents that auto chooses on at least
 
 
 @dataclass
@@ -67,20 +82,30 @@ class LabelConfig:
     random: int = option(3, "How many of them are drawn from the whole corpus, as easy negatives.")
     negatives: int = option(15, "Negatives a group holds at most.")
     max_passage_words: int = option(120, "Words of the passage shown to the judge.")
-    judge_weight: float = option(
+    judge_weight: float | Literal["auto"] = option(
         0.6,
         "Weight of the judge in the soft labels beside the encoder of mine.encoder, which has weight 1; both are "
-        "standardized over the query's pool. Without an encoder the judge is alone.",
+        "standardized over the query's pool. Without an encoder the judge is alone. auto: of 0 to 1.5 the weight that "
+        "ranks the source passages of a tenth of the documents highest in their pools (MRR). The LLM wrote each query "
+        "from its source passage, which a judge by the same LLM therefore finds too easily: auto leans to a high "
+        "weight, so it ends at 1.5; with human dev queries, compare weights on those.",
+    )
+    false_negatives: Literal["drop", "promote", "keep"] | None = option(
+        None,
+        "What becomes of a candidate that is judged as relevant as the source passage (label.drop_margin), or under "
+        "verdict and grade as relevant (label.positive_above). drop: it is left out; promote: it becomes a positive; "
+        "keep: it stays a negative. null: promote for verdict and grade, and where label.promote_margin is set; drop "
+        "for the others.",
     )
     drop_margin: float = option(
         0.0,
-        "likelihood, reranker: a candidate whose soft label is above the source passage's less this margin is no "
-        "negative (standard deviations of the pool).",
+        "likelihood, pairwise, reranker: a candidate whose soft label is above the source passage's less this margin "
+        "is as relevant as that, see label.false_negatives (standard deviations of the pool).",
     )
     promote_margin: float | None = option(
         None,
-        "likelihood, reranker: a candidate whose soft label is above the source passage's by this margin becomes a "
-        "positive; null never does (standard deviations of the pool).",
+        "likelihood, pairwise, reranker: of these, promote makes a positive of one whose soft label is above the "
+        "source passage's by this margin, and drops the others; null: by 0 (standard deviations of the pool).",
     )
     positive_above: float | None = option(
         None, "verdict, grade: a score from here on makes a positive; null: a probability of 0.6, a grade of 1.5."
@@ -98,6 +123,11 @@ class LabelConfig:
         """
         if self.opponents < 2 or self.opponents % 2:
             raise ConfigError(f"label.opponents must be an even number, 2 or more, not {self.opponents}")
+        if self.promote_margin is not None and self.false_negatives in ("drop", "keep"):
+            raise ConfigError(
+                f"label.promote_margin is for label.false_negatives=promote, and that is {self.false_negatives}: leave "
+                "one of them out"
+            )
 
 
 @dataclass(frozen=True)
@@ -177,10 +207,18 @@ def label_candidates(
     pairs = [(pool.queries[q], pool.texts[p]) for q, p in zip(pool.query, pool.passage, strict=True)]
     scores = _judge(pairs, pool.query, judge, journal, np.argsort(order), seed)
     cosines = None if dense is None else dense.similarity(pool.queries, pool.query, pool.rows[pool.passage])
-    teacher = _teacher(judge.scale(scores), cosines, pool.query, config.judge_weight)
+    scaled = judge.scale(scores)
+    # Without an encoder the judge is alone, and its weight says nothing.
+    weight = 1.0 if isinstance(config.judge_weight, str) else config.judge_weight
+    choice: dict[str, Any] | None = None
+    if isinstance(config.judge_weight, str) and cosines is not None:
+        weight, choice = _choose_weight(scaled, cosines, pool, _source_documents(candidates, passages), seed)
+    teacher = _teacher(scaled, cosines, pool.query, weight)
 
-    positive, negative, counts = _decide(scores, teacher, pool, judge, config)
+    positive, negative, reason = _decide(scores, teacher, pool, judge, config)
+    counts = _count(reason, positive, pool)
     chosen = _choose_negatives(negative, positive, pool, config)
+    reason[negative & ~chosen] = "negative_not_taken"
     groups = _build_groups(positive, chosen, teacher, pool)
     counts |= {
         "negatives_not_taken": int(negative.sum() - chosen.sum()),
@@ -201,7 +239,9 @@ def label_candidates(
             if values is not None
         },
     }
-    judged = _judged_table(pool, scores, cosines, teacher, positive, chosen)
+    if choice is not None:
+        facts["judge_weight"] = choice
+    judged = _judged_table(pool, scores, cosines, teacher, positive, chosen, reason)
     return {"train": groups, "judged": judged}, counts, facts
 
 
@@ -390,32 +430,112 @@ def standardize(values: np.ndarray, query: np.ndarray) -> np.ndarray:
 
 def _decide(
     scores: np.ndarray, teacher: np.ndarray, pool: _Pool, judge: Judge | PairwiseJudge, config: LabelConfig
-) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Return which pairs are positive, which could be negative, and how many are neither and why."""
-    counts = {"queries": len(pool.queries), "pairs_judged": len(scores)}
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return which pairs are positive, which could be negative, and why each is what it is, by a name of ``_REASONS``.
+
+    Each has the shape ``(pairs,)``.
+    """
     decided = judge.decide(scores)
+    mode = config.false_negatives
+    known = ~np.isnan(scores)
+    source_known = known[pool.is_source][pool.query]
     if decided is None:
+        mode = mode or ("drop" if config.promote_margin is None else "promote")
         of_source = teacher[pool.is_source][pool.query]
-        positive = pool.is_source.copy()
-        if config.promote_margin is not None:
-            positive |= teacher > of_source + config.promote_margin
-        negative = ~positive & (teacher < of_source - config.drop_margin)
-        counts["promoted"] = int((positive & ~pool.is_source).sum())
-        counts["dropped_as_good_as_source"] = int((~positive & ~negative).sum())
-        counts["groups_with_positive"] = len(pool.queries)
-        return positive, negative, counts
-    above, below = decided
-    abstained = np.isnan(scores)
-    source_abstained = abstained[pool.is_source][pool.query]
-    source_stands = above[pool.is_source][pool.query]
-    positive, negative = source_stands & above, source_stands & below
-    counts["source_rejected"] = int((~source_stands & ~source_abstained & pool.is_source).sum())
-    counts["source_abstained"] = int((source_abstained & pool.is_source).sum())
-    counts["promoted"] = int((positive & ~pool.is_source).sum())
-    counts["dropped_abstained"] = int((abstained & source_stands).sum())
-    counts["dropped_undecided"] = int((source_stands & ~abstained & ~positive & ~negative).sum())
-    counts["groups_with_positive"] = int((source_stands & pool.is_source).sum())
-    return positive, negative, counts
+        stands, below = source_known, np.ones_like(known)
+        better = teacher > of_source + (config.promote_margin or 0.0)
+        relevant = ~(teacher < of_source - config.drop_margin)
+        relevant |= better & (mode == "promote")
+    else:
+        mode = mode or "promote"
+        relevant, below = decided
+        stands, better = relevant[pool.is_source][pool.query], relevant
+    relevant = relevant & known & stands & ~pool.is_source
+    reason = np.full(len(scores), "negative", dtype=f"<U{max(map(len, _REASONS))}")
+    reason[~below] = "undecided"
+    reason[~known] = "abstained"
+    reason[relevant] = "dropped_as_good_as_source"
+    if mode == "promote":
+        reason[relevant & better] = "promoted"
+    if mode == "keep":
+        reason[relevant] = "kept_as_good_as_source"
+    reason[pool.is_source] = "source"
+    reason[~stands] = "source_rejected"
+    reason[~source_known] = "source_abstained"
+    positive = np.isin(reason, ["source", "promoted"])
+    negative = np.isin(reason, ["negative", "kept_as_good_as_source"])
+    return positive, negative, reason
+
+
+def _count(reason: np.ndarray, positive: np.ndarray, pool: _Pool) -> dict[str, int]:
+    """Return how many queries and pairs there are, and what became of them."""
+    counts = {"queries": len(pool.queries), "pairs_judged": len(reason)}
+    for name in ("source_rejected", "source_abstained"):  # a query each
+        counts[name] = int((pool.is_source & (reason == name)).sum())
+    for name in ("promoted", "dropped_as_good_as_source", "kept_as_good_as_source"):
+        counts[name] = int((reason == name).sum())
+    for name in ("abstained", "undecided"):
+        counts[f"dropped_{name}"] = int((reason == name).sum())
+    counts["groups_with_positive"] = int((positive & pool.is_source).sum())
+    return counts
+
+
+def _source_documents(candidates: datasets.Dataset, passages: datasets.Dataset) -> np.ndarray:
+    """Return the document of each query's source passage, shape ``(queries,)``."""
+    document = dict(zip(passages["passage_id"][:], passages["doc_id"][:], strict=True))
+    return np.array([document[key] for key in candidates["source_passage_id"][:]])
+
+
+def _choose_weight(
+    scores: np.ndarray, cosines: np.ndarray, pool: _Pool, documents: np.ndarray, seed: int
+) -> tuple[float, dict[str, Any]]:
+    """Return the judge's weight beside the encoder that ranks the source passages of held-out documents highest.
+
+    The LLM wrote a query from its source passage, so a judge by the same LLM finds that too easily, and the choice
+    leans to a high weight: the grid ends at 1.5, and of equally good weights the lowest is taken.
+
+    Args:
+        scores: The judge's, scaled, shape ``(pairs,)``.
+        cosines: The encoder's, shape ``(pairs,)``.
+        pool: What was judged.
+        documents: That of each query's source passage, shape ``(queries,)``.
+        seed: Draws a tenth of the documents, and not fewer than ``_HELD_OUT`` of them where there are so many.
+
+    Returns:
+        The weight; and for the manifest the weight, documents and queries that it was chosen on, and the mean
+        reciprocal rank of their source passages at each weight.
+    """
+    every = np.unique(documents)
+    n = max(math.ceil(len(every) / 10), min(len(every), _HELD_OUT))
+    held = np.isin(documents, np.random.default_rng(seed).permutation(every)[:n])
+    inside = held[pool.query]
+    query = np.unique(pool.query[inside], return_inverse=True)[1].reshape(-1)
+    is_source, scores, cosines = pool.is_source[inside], scores[inside], cosines[inside]
+    curve = {}
+    for weight in _WEIGHTS:
+        teacher = _teacher(scores, cosines, query, weight)
+        values = np.where(np.isnan(teacher), -np.inf, teacher)
+        of_source = values[is_source][query]
+        # A passage as good as the source stands before it, so that no score for all is no perfect ranking.
+        rank = 1 + np.bincount(query, weights=~is_source & (values >= of_source))
+        curve[weight] = float((1 / rank).mean())
+    chosen = max(curve, key=lambda weight: (curve[weight], -weight))
+    logger.info(
+        "label.judge_weight=auto: %g, by the mean reciprocal rank of the source passage for %d queries of %d "
+        "documents: %s",
+        chosen,
+        held.sum(),
+        n,
+        ", ".join(f"{weight:g}: {mrr:.3f}" for weight, mrr in curve.items()),
+    )
+    if chosen == _WEIGHTS[-1]:
+        logger.warning(
+            "label.judge_weight=auto chose %g, the highest: a judge by the LLM that wrote the queries finds their "
+            "source passages too easily; compare weights on human dev queries where there are any",
+            chosen,
+        )
+    found = {"chosen": chosen, "documents": n, "queries": int(held.sum())}
+    return chosen, {**found, "source_mrr": {f"{weight:g}": round(mrr, 4) for weight, mrr in curve.items()}}
 
 
 def _choose_negatives(negative: np.ndarray, positive: np.ndarray, pool: _Pool, config: LabelConfig) -> np.ndarray:
@@ -493,8 +613,9 @@ def _judged_table(
     teacher: np.ndarray,
     positive: np.ndarray,
     negative: np.ndarray,
+    reason: np.ndarray,
 ) -> datasets.Dataset:
-    """Return a row a pair: what judge, encoder and teacher gave it, and whether it became a label."""
+    """Return a row a pair: what judge, encoder and teacher gave it, whether it became a label, and why."""
     query, passage = pa.array(pool.query), pa.array(pool.passage)
     nothing = np.full(len(scores), np.nan)
     label = np.where(positive, "positive", np.where(negative, "negative", "left out"))
@@ -506,6 +627,7 @@ def _judged_table(
         "cosine": pa.array(nothing if cosines is None else cosines, pa.float32(), from_pandas=True),
         "teacher_score": pa.array(teacher, pa.float32(), from_pandas=True),
         "label": pa.array(label.tolist(), pa.string()),
+        "reason": pa.array(reason.tolist(), pa.string()),
     }
     return datasets.Dataset(pa.table(columns))
 

@@ -44,6 +44,8 @@ def test_overrides_reach_nested_keys_and_read_yaml_values(tmp_path):
         ("", ["seed.more=1"], "corpus|seed"),
         ("corpus: {max_words: many}", [], "corpus.max_words must be int, not 'many'"),
         ("seed: true", [], "seed must be int, not True"),
+        ("label: {judge_weight: much}", [], "label.judge_weight must be float or one of auto, not 'much'"),
+        ("label: {false_negatives: lose}", [], "label.false_negatives must be one of drop, promote, keep, not 'lose'"),
         (
             "label: {judge: oracle}",
             [],

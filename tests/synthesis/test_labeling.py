@@ -91,8 +91,13 @@ def test_what_explains_the_query_as_well_as_its_source_is_no_negative(tmp_path):
     assert counts == {
         "queries": 1,
         "pairs_judged": 6,
+        "source_rejected": 0,
+        "source_abstained": 0,
         "promoted": 0,
         "dropped_as_good_as_source": 2,
+        "kept_as_good_as_source": 0,
+        "dropped_abstained": 0,
+        "dropped_undecided": 0,
         "negatives_not_taken": 0,
         "groups_without_negative": 0,
         "negatives": 3,
@@ -110,6 +115,47 @@ def test_margins_drop_what_is_near_and_promote_what_is_better(tmp_path):
     assert (counts["promoted"], counts["dropped_as_good_as_source"]) == (1, 2)
 
 
+FALSE_NEGATIVES = [
+    (LIKELIHOOD, "likelihood", None, "a", "bef", {"dropped_as_good_as_source": "cd"}),
+    (LIKELIHOOD, "likelihood", "drop", "a", "bef", {"dropped_as_good_as_source": "cd"}),
+    (LIKELIHOOD, "likelihood", "keep", "a", "bcdef", {"kept_as_good_as_source": "cd"}),
+    (LIKELIHOOD, "likelihood", "promote", "ac", "bef", {"promoted": "c", "dropped_as_good_as_source": "d"}),
+    (VERDICT, "verdict", None, "acd", "bf", {"promoted": "cd", "undecided": "e"}),
+    (VERDICT, "verdict", "promote", "acd", "bf", {"promoted": "cd", "undecided": "e"}),
+    (VERDICT, "verdict", "drop", "a", "bf", {"dropped_as_good_as_source": "cd", "undecided": "e"}),
+    (VERDICT, "verdict", "keep", "a", "bcdf", {"kept_as_good_as_source": "cd", "undecided": "e"}),
+]
+
+
+@pytest.mark.parametrize(("prompt", "judge", "mode", "positives", "negatives", "reasons"), FALSE_NEGATIVES)
+def test_what_is_as_relevant_as_the_source_is_dropped_promoted_or_kept_and_recorded(
+    tmp_path, prompt, judge, mode, positives, negatives, reasons
+):
+    llm = likelihoods({"a": -2.0, "b": -3.0, "c": -1.5, "d": -2.0, "e": -2.1, "f": -4.0})
+    if judge == "verdict":
+        llm = verdicts({"a": 0.9, "b": 0.1, "c": 0.8, "d": 0.7, "e": 0.5, "f": 0.0})
+    config = LabelConfig(judge=judge, false_negatives=mode, random=0)
+    with Journal(tmp_path / "j") as journal:
+        tables, counts, _ = label_by(llm, mined("abcdef"), PASSAGES, config, journal, 0, prompt)
+    (group,) = tables["train"].to_list()
+    assert group["passage_ids"] == [*positives, *negatives]
+    assert group["labels"] == [1.0] * len(positives) + [0.0] * len(negatives)
+    judged = {row["passage_id"]: row for row in tables["judged"]}
+    assert len(judged) == 6  # whatever became of them
+    for reason, passages in reasons.items():
+        assert "".join(key for key in judged if judged[key]["reason"] == reason) == passages
+        assert counts.get(reason, counts.get(f"dropped_{reason}")) == len(passages)
+    for name in ("promoted", "dropped_as_good_as_source", "kept_as_good_as_source"):
+        assert counts[name] == len(reasons.get(name, ""))
+    assert judged["a"]["reason"] == "source"
+    assert judged["c"]["label"] == ("positive" if "c" in positives else "negative" if "c" in negatives else "left out")
+
+
+def test_a_margin_for_promoting_without_promoting_is_refused():
+    with pytest.raises(ConfigError, match=r"label\.promote_margin is for label\.false_negatives=promote, and that is"):
+        LabelConfig(promote_margin=0.5, false_negatives="drop")
+
+
 def test_a_verdict_between_the_thresholds_or_none_is_dropped(tmp_path):
     llm = verdicts({"a": 0.9, "b": 0.6, "c": 0.3, "d": None, "e": 0.45, "f": 0.0})
     groups, counts, _ = label(tmp_path, llm, LabelConfig(judge="verdict"), prompt=VERDICT)
@@ -123,6 +169,8 @@ def test_a_verdict_between_the_thresholds_or_none_is_dropped(tmp_path):
         "source_rejected": 0,
         "source_abstained": 0,
         "promoted": 1,
+        "dropped_as_good_as_source": 0,
+        "kept_as_good_as_source": 0,
         "dropped_abstained": 1,
         "dropped_undecided": 1,
         "negatives_not_taken": 0,
@@ -484,6 +532,66 @@ def test_the_teacher_is_encoder_and_judge_together(tmp_path):
     fused = np.array(in_deviations(0.5, 0.6, 0.1, 0.2)) + 0.5 * np.array(in_deviations(-1.0, -3.0, -2.0, -4.0))
     assert tables["judged"]["teacher_score"] == pytest.approx(in_deviations(*fused), abs=1e-6)
     assert facts["source_first"] == {"judge": 1.0, "encoder": 0.0, "teacher": 1.0}
+
+
+def weighed(tmp_path, helpful, seed=0, n=150):
+    """Labels of n queries, each from a document of its own, under a judge that helps the encoder in part of them."""
+    rng = np.random.default_rng(seed)
+    names = [f"p{i}" for i in range(n * 4)]
+    passages = datasets.Dataset.from_dict(
+        {"passage_id": names, "text": names, "doc_id": [f"d{i // 4}" for i in range(n * 4)]}
+    )
+    found = datasets.Dataset.from_dict(
+        {
+            "query_id": [f"q{i}" for i in range(n)],
+            "query": [f"query {i}" for i in range(n)],
+            "source_passage_id": names[::4],
+            "passage_ids": [names[i * 4 + 1 : i * 4 + 4] for i in range(n)],
+        }
+    )
+    is_source = np.arange(n * 4) % 4 == 0
+    dense = Cosines(*(rng.normal(size=n * 4) + 1.5 * is_source))
+    judged = rng.normal(size=n * 4) + helpful * is_source
+    scores = {
+        (LIKELIHOOD.render(passage=name, examples=[]), f" query {row // 4}"): float(judged[row])
+        for row, name in enumerate(names)
+    }
+    config = LabelConfig(judge_weight="auto", random=0)
+    with Journal(tmp_path / "j") as journal:
+        judge = load_judge(config, FakeLLM(scores=scores), LIKELIHOOD)
+        tables, _, facts = label_candidates(found, passages, judge, dense, config, seed, journal)
+    return tables["judged"], facts
+
+
+@pytest.mark.parametrize(("helpful", "least", "most"), [(1.5, 0.4, 1.5), (0.0, 0.0, 0.3), (-1.5, 0.0, 0.0)])
+def test_the_weight_of_the_judge_is_the_one_that_puts_sources_of_held_out_documents_first(
+    tmp_path, helpful, least, most, caplog
+):
+    caplog.set_level("INFO")
+    judged, facts = weighed(tmp_path, helpful)
+    choice = facts["judge_weight"]
+    assert least <= choice["chosen"] <= most
+    assert list(choice["source_mrr"]) == [f"{tenths / 10:g}" for tenths in range(16)]
+    assert choice["source_mrr"][f"{choice['chosen']:g}"] == max(choice["source_mrr"].values())
+    assert (choice["documents"], choice["queries"]) == (100, 100)  # a tenth would be too few to measure on
+    assert f"label.judge_weight=auto: {choice['chosen']:g}, by the mean reciprocal rank" in caplog.text
+    rows = judged.to_list()[:4]
+    cosines, scores = (np.array([row[name] for row in rows]) for name in ("cosine", "judge_score"))
+    fused = np.array(in_deviations(*cosines)) + choice["chosen"] * np.array(in_deviations(*scores))
+    assert [row["teacher_score"] for row in rows] == pytest.approx(in_deviations(*fused), abs=1e-5)
+
+
+def test_a_judge_that_knows_every_source_is_given_the_lowest_weight_that_suffices(tmp_path):
+    _, facts = weighed(tmp_path, 100.0)
+    chosen, curve = facts["judge_weight"]["chosen"], facts["judge_weight"]["source_mrr"]
+    assert 0 < chosen < 1.5 or curve["1.4"] < curve["1.5"]
+    assert all(mrr < curve[f"{chosen:g}"] for weight, mrr in curve.items() if float(weight) < chosen)
+
+
+def test_without_an_encoder_there_is_no_weight_to_choose(tmp_path):
+    llm = likelihoods({"a": -1.0, "b": -3.0, "c": -2.0})
+    _, _, facts = label(tmp_path, llm, LabelConfig(judge_weight="auto"), found="bc")
+    assert "judge_weight" not in facts
 
 
 def test_easy_negatives_are_drawn_from_the_whole_corpus(tmp_path):
