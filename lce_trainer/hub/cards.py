@@ -96,6 +96,8 @@ class RunFacts:
         checkpoint_chosen_on: What chose the best checkpoint, e.g. ``"100 human dev queries"``; empty if nothing did
             or it is not known.
         used_human_labels: Whether human labels took part in training or chose the checkpoint; None if not known.
+        near_duplicates: Groups left out of training because their queries are near-duplicates of queries that the
+            model is measured or chosen on.
         max_length: Tokens of query and passage the model reads.
         evaluations: Figures on human judgments.
         libraries: Version of each library.
@@ -127,6 +129,7 @@ class RunFacts:
     training: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_chosen_on: str = ""
     used_human_labels: bool | None = None
+    near_duplicates: int = 0
     max_length: int | None = None
     evaluations: Sequence[Evaluation] = ()
     libraries: Mapping[str, str] = field(default_factory=dict)

@@ -70,6 +70,12 @@ class TrainConfig:
     dev_fraction: float = option(
         0.05, "Part of the groups kept to choose the best checkpoint when no dev set is given."
     )
+    near_duplicates: float | None = option(
+        0.7,
+        "Groups whose query is a near-duplicate of one that the model is measured or chosen on (test, dev, candidates) "
+        "are left out: how similar two queries then are, by the overlap of their character 3-grams, from 0 to 1. "
+        "null leaves none out.",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Of the forward pass; auto: bfloat16 where the hardware multiplies it. Weights stay float32."
     )

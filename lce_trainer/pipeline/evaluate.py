@@ -12,7 +12,7 @@ import numpy as np
 from lce_trainer.artifacts import Manifest
 from lce_trainer.errors import ConfigError
 from lce_trainer.evaluation.compare import choose_weight, compare, fuse, rerank, strongest
-from lce_trainer.evaluation.judged import Query, judgments, read_judged, read_queries
+from lce_trainer.evaluation.judged import Judged, Query, judgments, read_judged, read_queries
 from lce_trainer.evaluation.report import by_query, markdown, table, verdict
 from lce_trainer.hardware import resolve_dtype
 from lce_trainer.model.loading import has_head
@@ -86,11 +86,14 @@ def evaluate_systems(run: Run) -> str:
             )
         folder = run.root / "evaluation"
         folder.mkdir(parents=True, exist_ok=True)
+        model = run.manifest("model")
         for name, result in results.items():
+            notes[name] += f" {_near_duplicates(model, name)}"
             verdicts[name] = verdict(result, FUSED)
             text = f"{markdown(result)}\n\n{verdicts[name]}\n"
             (folder / f"{name}.md").write_text(text, encoding="utf-8")
         tables = {**results, **{f"{name}{_BY_QUERY}": rows for name, rows in queries.items()}}
+        counts |= {what: count for what, count in model.counts.items() if what.startswith("near_duplicates_")}
         return tables, counts, {"verdict": verdicts, "notes": notes}
 
     inputs = ("passages", "model") if config.queries is not None else ("model",)
@@ -127,6 +130,18 @@ def query_table(run: Run, comparison: str) -> datasets.Dataset | None:
 def is_judged(run: Run) -> bool:
     """Return whether the recipe names human judgments to evaluate on."""
     return run.recipe.evaluate.queries is not None or run.recipe.evaluate.candidates is not None
+
+
+def measured_queries(run: Run) -> dict[str, list[str]]:
+    """Return the texts of all queries that the recipe measures or chooses a model on, by the name of the comparison."""
+    config = run.recipe.evaluate
+    found = {}
+    for name, path in (("in_domain", config.queries), ("dev", config.dev_queries)):
+        if path is not None:
+            found[name] = [query.query for query in read_queries(run.find(path))]
+    if config.candidates is not None:
+        found["out_of_domain"] = [query for _, query in _read_candidates(run).queries]
+    return found
 
 
 def first_stage_shape(run: Run) -> dict[str, str | None]:
@@ -271,10 +286,7 @@ def _best_of(
 
 def _out_of_domain(run: Run) -> _Judged:
     """Judged candidates that came with their texts and their first stage's ranks."""
-    config = run.recipe.evaluate
-    if config.qrels is None:
-        raise ConfigError("evaluate.candidates needs evaluate.qrels, its judgments")
-    given = read_judged(run.find(config.candidates or ""), run.find(config.qrels))
+    given = _read_candidates(run)
     scores: Runs = {"bm25": given.run}
     rows: Runs = {"BM25": given.run}
     if run.encoder is not None:
@@ -282,6 +294,22 @@ def _out_of_domain(run: Run) -> _Judged:
         scores["dense"] = rerank(given.queries, given.pools, lambda pairs: encoder.similarity(list(pairs)))
         rows["encoder"] = scores["dense"]
     return _Judged(given.queries, given.pools, rows, scores, given.qrels)
+
+
+def _read_candidates(run: Run) -> Judged:
+    config = run.recipe.evaluate
+    if config.qrels is None:
+        raise ConfigError("evaluate.candidates needs evaluate.qrels, its judgments")
+    return read_judged(run.find(config.candidates or ""), run.find(config.qrels))
+
+
+def _near_duplicates(model: Manifest, comparison: str) -> str:
+    """Return a sentence on the training queries that repeat those of a comparison."""
+    count = model.counts.get(f"near_duplicates_{comparison}")
+    if count is None:
+        return "Whether training queries repeat these was not checked."
+    what = "no training query is" if not count else f"{count:,} training groups were left out whose query is"
+    return f"{what[0].upper()}{what[1:]} a near-duplicate of one of these."
 
 
 def _human_queries(run: Run, path: str, limit: int | None) -> list[Query]:

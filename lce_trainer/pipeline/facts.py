@@ -44,6 +44,7 @@ def gather_facts(run: Run) -> RunFacts:
         training={**model.config["arguments"], **{f"lora_{k}": v for k, v in model.config.get("lora", {}).items()}},
         checkpoint_chosen_on=chosen_on,
         used_human_labels=human if own or human else None,  # labels made elsewhere may be anybody's
+        near_duplicates=sum(count for what, count in model.counts.items() if what.startswith("near_duplicates_")),
         max_length=model.facts["max_length"],
         evaluations=_evaluations(run, model),
         libraries=model.libraries,

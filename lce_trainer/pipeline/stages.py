@@ -23,6 +23,7 @@ from lce_trainer.pipeline.evaluate import (
     evaluate_systems,
     first_stage_shape,
     is_judged,
+    measured_queries,
 )
 from lce_trainer.pipeline.facts import repos
 from lce_trainer.pipeline.run import Made, Run, is_stale, processes
@@ -154,7 +155,7 @@ def train(run: Run) -> None:
     dev = None
     if run.recipe.evaluate.dev_queries is not None:
         dev = dev_groups(run, max(run.recipe.evaluate.top_k // 3, 1), run.recipe.evaluate.max_dev_queries)
-    train_reranker(run, dev, partial(choose_first_stage_weight, run))
+    train_reranker(run, dev, measured_queries(run), partial(choose_first_stage_weight, run))
 
 
 def evaluate(run: Run) -> str:

@@ -23,6 +23,7 @@ from transformers import (
 from lce_trainer.artifacts import MANIFEST, content_digest, digest, read_manifest, write_manifest
 from lce_trainer.errors import ConfigError, TrainingError
 from lce_trainer.groups.convert import load_groups
+from lce_trainer.groups.near_duplicates import find_near_duplicates
 from lce_trainer.hardware import resolve_dtype
 from lce_trainer.model.adapters import lora
 from lce_trainer.model.loading import load_config, load_model, load_tokenizer, pairing_tokenizer
@@ -51,7 +52,10 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 
 
 def train_reranker(
-    run: Run, dev: datasets.Dataset | None, first_stage_weight: Callable[[Path], Mapping[str, float]]
+    run: Run,
+    dev: datasets.Dataset | None,
+    measured_on: Mapping[str, Sequence[str]],
+    first_stage_weight: Callable[[Path], Mapping[str, float]],
 ) -> None:
     """Train on the recipe's groups, or on those that it names.
 
@@ -59,6 +63,7 @@ def train_reranker(
         run: The recipe being run; ``model`` is written under its root.
         dev: Human queries as groups, to choose the best checkpoint by; if None, a part of the
             groups is held out for that.
+        measured_on: Queries that the model will be measured or chosen on, by name; it must not learn from them.
         first_stage_weight: Called with the trained model's folder; finds how much the first stage counts beside it.
     """
     config, human = run.recipe.train, dev is not None
@@ -68,9 +73,10 @@ def train_reranker(
         inputs["groups"] = run.manifest("groups").digest
     else:
         groups = load_groups(str(_found(run, config.groups) or config.groups))
+    groups, left_out = _leave_out_near_duplicates(groups, measured_on, config.near_duplicates)
     if dev is None:
         groups, dev = _hold_out(groups, config.dev_fraction, run.recipe.seed)
-    _train(run, groups, dev, inputs, human, first_stage_weight)
+    _train(run, groups, dev, inputs, human, left_out, first_stage_weight)
 
 
 def check_training(run: Run) -> None:
@@ -84,6 +90,8 @@ def check_training(run: Run) -> None:
     tokenizer = pairing_tokenizer(run.recipe.train.model, args.yes_no)
     GroupCollator(tokenizer, args.group_size, args.max_length, args.max_query_length)
     lora(run.recipe.train.lora)
+    if run.recipe.train.near_duplicates is not None:
+        find_near_duplicates((), (), run.recipe.train.near_duplicates)
     if run.recipe.train.lora.r and run.recipe.train.lora.target_modules:
         _check_targets(run.recipe.train.model, run.recipe.train.lora.target_modules)
 
@@ -100,6 +108,45 @@ def _check_targets(model: str, targets: Sequence[str]) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
             raise ConfigError(f"train.lora.target_modules: {model} has no layer {target!r}; there are {known}")
+
+
+def _leave_out_near_duplicates(
+    groups: datasets.Dataset, measured_on: Mapping[str, Sequence[str]], threshold: float | None
+) -> tuple[datasets.Dataset, dict[str, list[str]]]:
+    """Leave out the groups whose query is nearly one that the model is measured or chosen on.
+
+    Returns:
+        The other groups; and by the name of what is measured on the ids of those left out, empty where none was
+        looked for. A group that is near several counts for the first.
+
+    Raises:
+        TrainingError: No group is left.
+    """
+    if threshold is None:
+        return groups, {}
+    names = [name for name, queries in measured_on.items() for _ in queries]
+    known = [query for queries in measured_on.values() for query in queries]
+    texts = groups["query"][:]
+    nearest = find_near_duplicates(texts, known, threshold)
+    left_out: dict[str, list[str]] = {name: [] for name in measured_on}
+    ids = groups["query_id"][:] if "query_id" in groups.column_names else texts
+    for row in np.flatnonzero(nearest >= 0):
+        left_out[names[nearest[row]]].append(str(ids[row]))
+    if (nearest >= 0).any():
+        some = int(np.flatnonzero(nearest >= 0)[0])
+        logger.warning(
+            "%d of %d groups are left out of training: their queries are near-duplicates of those of %s, such as %r of "
+            "%r (train.near_duplicates=%g)",
+            *((nearest >= 0).sum(), len(groups), " and ".join(name for name, found in left_out.items() if found)),
+            *(texts[some][:80], known[nearest[some]][:80], threshold),
+        )
+    kept = np.flatnonzero(nearest < 0)
+    if not len(kept):
+        raise TrainingError(
+            f"the queries of all {len(groups)} groups are near-duplicates of queries that the model is measured on: "
+            "train on others, or set train.near_duplicates to null and do not trust the figures"
+        )
+    return groups.select(kept) if len(kept) < len(groups) else groups, left_out
 
 
 def _hold_out(groups: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -136,6 +183,7 @@ def _train(
     dev: datasets.Dataset,
     inputs: Mapping[str, str],
     human_dev: bool,
+    left_out: Mapping[str, Sequence[str]],
     first_stage_weight: Callable[[Path], Mapping[str, float]],
 ) -> None:
     config = run.recipe.train
@@ -145,11 +193,14 @@ def _train(
         "arguments": dict(arguments),
         "precision": config.precision,
         "dropout": config.dropout,
+        "near_duplicates": config.near_duplicates,
         "early_stopping_patience": config.early_stopping_patience,
         "seed": run.recipe.seed,
         "groups": _which_groups(run, config.groups),
         "dev": digest(dev.to_list()),
     }
+    if any(left_out.values()):
+        shape["left_out"] = digest({name: sorted(ids) for name, ids in left_out.items()})
     if config.lora.r:
         shape["lora"] = asdict(config.lora)
     folder = run.root / name
@@ -176,7 +227,8 @@ def _train(
                 "dev": {"queries": len(dev), "human": human_dev, "chose_checkpoint": chose},
                 "first_stage": first_stage,
             }
-            counts = {**trainer.counts, "steps": trainer.state.global_step}
+            near = {f"near_duplicates_{name}": len(ids) for name, ids in left_out.items()}
+            counts = {**trainer.counts, **near, "steps": trainer.state.global_step}
             write_manifest(folder, names, kind=name, config=shape, inputs=inputs, counts=counts, facts=facts)
     processes().wait_for_everyone()  # until none reads a checkpoint any more
     if processes().is_main_process:

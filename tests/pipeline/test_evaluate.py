@@ -9,6 +9,7 @@ from lce_trainer.artifacts import read_manifest
 from lce_trainer.cli import main
 from lce_trainer.evaluation.compare import fuse, mean_ndcg
 from lce_trainer.pipeline.evaluate import FUSED, RERANKER, UNTOUCHED, _in_domain, _rerank, choose_first_stage_weight
+from lce_trainer.pipeline.facts import gather_facts
 from lce_trainer.pipeline.run import open_run
 
 
@@ -68,3 +69,43 @@ def test_a_base_that_ranks_as_it_is_and_other_rerankers_have_rows(finished, tiny
     found = rows(open_run(finished.recipe, settings))
     assert found[UNTOUCHED]["mean"] == found[str(tiny_reranker)]["mean"]
     assert np.isfinite(found[FUSED]["mean"])
+
+
+def test_groups_that_repeat_a_query_that_is_measured_on_are_left_out_of_training_and_counted(
+    finished, tmp_path, capsys
+):
+    root = finished.copy(tmp_path / "run", "passages")
+    files = [finished.recipe.parent / f"{name}.jsonl" for name in ("test", "dev")]
+    measured = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    queries = [row["query"].upper() + "?" for row in (*measured[:3], measured[12])] + [
+        f"what is {i} like" for i in range(40)
+    ]
+    rows = [
+        {"query_id": f"q{i}", "query": query, "passages": ["moon fish", "sand", "stone"], "labels": [1, 0, 0]}
+        for i, query in enumerate(queries)
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [f"run_dir={root}", f"train.groups={tmp_path / 'mine.jsonl'}", "train.max_steps=2"]
+    assert main(["train", str(finished.recipe), *settings]) == 0
+    assert "4 of 44 groups are left out of training" in (said := capsys.readouterr().err) and queries[0] in said
+    model = read_manifest(root / "model")
+    assert model.counts["near_duplicates_in_domain"] == 3 and model.counts["near_duplicates_dev"] == 1
+    assert main(["evaluate", str(finished.recipe), *settings]) == 0
+    manifest = read_manifest(root / "evaluation")
+    assert manifest.counts["near_duplicates_in_domain"] == 3 and manifest.counts["near_duplicates_dev"] == 1
+    assert manifest.counts["judged_queries"] == 12
+    assert "3 training groups were left out whose query is a near-duplicate" in manifest.facts["notes"]["in_domain"]
+    assert "3 training groups were left out" in (root / "report.html").read_text()
+    assert gather_facts(open_run(finished.recipe, settings)).near_duplicates == 4
+    assert main(["train", str(finished.recipe), *settings, "train.near_duplicates=null"]) == 0
+    assert "near_duplicates_dev" not in read_manifest(root / "model").counts
+    assert main(["train", str(finished.recipe), *settings, "train.near_duplicates=1.5"]) == 2
+
+
+def test_training_on_nothing_but_test_queries_is_refused(finished, tmp_path, capsys):
+    root = finished.copy(tmp_path / "run", "passages")
+    query = json.loads((finished.recipe.parent / "test.jsonl").read_text().splitlines()[0])["query"]
+    row = {"query_id": "q", "query": query, "passages": ["moon fish", "sand"], "labels": [1, 0]}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["train", str(finished.recipe), f"run_dir={root}", f"train.groups={tmp_path / 'mine.jsonl'}"]) == 2
+    assert "the queries of all 1 groups are near-duplicates" in capsys.readouterr().err
