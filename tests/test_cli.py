@@ -343,7 +343,7 @@ def test_config_prints_every_key_with_its_default_and_a_help(capsys):
         assert key.help and (key.inherited or key.help.endswith(".")), key.name
     for line in (
         "  seed: int = 13",
-        "  label.judge: likelihood | verdict | grade | pairwise | reranker = likelihood",
+        "  label.judge: likelihood | verdict | grade | pairwise | reranker | encoder = likelihood",
         "  train.lora.r: int = 0",
         "  train.group_size: int = 8",
         "  train.learning_rate: float = 2e-5",

@@ -87,6 +87,7 @@ class RunFacts:
         prompt_digests: Digest of each prompt, by name.
         prompt_examples: How many examples written by hand stand in each prompt, by name.
         judge: Which judge labeled.
+        judge_model: The reranker or encoder that judged in the language model's place; empty where that judged.
         judge_settings: Its thresholds.
         query_counts: Queries written, dropped and why.
         candidate_counts: What mining found.
@@ -121,6 +122,7 @@ class RunFacts:
     prompt_digests: Mapping[str, str] = field(default_factory=dict)
     prompt_examples: Mapping[str, int] = field(default_factory=dict)
     judge: str = ""
+    judge_model: str = ""
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
     query_counts: Mapping[str, int] = field(default_factory=dict)
     candidate_counts: Mapping[str, int] = field(default_factory=dict)

@@ -90,7 +90,11 @@ def _add_labels(facts: RunFacts, groups: Manifest) -> None:
     """Add how groups were labeled, by their own manifest."""
     config, judge = groups.config, groups.config.get("judge", "")
     settings = {item.name for item in fields(LabelConfig)} - {"judge", "examples"}
-    facts.llm = groups.facts.get("llm", "")
+    if judge != "pairwise":
+        settings -= {"opponents"}
+    if judge == "encoder":
+        settings -= {"judge_weight", "max_passage_words"}
+    facts.llm, facts.judge_model = groups.facts.get("llm", ""), groups.facts.get("judge_model", "")
     facts.judge = judge
     shown = {key: value for key, value in config.items() if key in settings and value is not None}
     if (choice := groups.facts.get("judge_weight")) is not None:
@@ -100,7 +104,7 @@ def _add_labels(facts: RunFacts, groups: Manifest) -> None:
     facts.judge_settings = shown
     facts.label_counts = groups.counts
     facts.shortcut_auc = groups.facts.get("shortcut_auc", {})
-    if "prompt" in groups.facts:
+    if groups.facts.get("prompt"):
         facts.prompts = {judge: groups.facts["prompt"]}
         facts.prompt_digests = {judge: config["prompt_digest"]}
         facts.prompt_examples = {judge: len(config.get("examples", ()))}
@@ -114,6 +118,7 @@ def _add_sources(facts: RunFacts, run: Run) -> None:
     facts.corpus_source = names_only(passages.config.get("source") or passages.config.get("script") or "", run.base)
     facts.corpus_counts = passages.counts
     facts.query_counts = queries.counts
+    facts.llm = facts.llm or queries.facts.get("llm", "")
     facts.candidate_counts = run.manifest("candidates").counts
     facts.prompts = {"query": queries.facts["prompt"], **facts.prompts}
     facts.prompt_digests = {"query": queries.config["prompt_digest"], **facts.prompt_digests}

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 # How a language model is reached and how fast does not shape its answers.
 _HOW_IT_RUNS = ("endpoint", "concurrency", "timeout", "retries", "batch_tokens")
 _JUDGED_DEV_QUERIES = 40
+_WITHOUT_PROMPT = ("reranker", "encoder")  # judges that are no language models
 
 
 def check(run: Run) -> None:
@@ -53,7 +54,7 @@ def check(run: Run) -> None:
     recipe, judged = run.recipe, run.recipe.evaluate
     if recipe.train.groups is None:
         run.prompt(recipe.generate.prompt)
-    if recipe.train.groups is None and recipe.label.judge != "reranker":
+    if recipe.train.groups is None and recipe.label.judge not in _WITHOUT_PROMPT:
         run.prompt(_judge_prompt(recipe.label))
     for queries in filter(None, (judged.queries, judged.dev_queries)):
         read_queries(run.find(queries))
@@ -62,7 +63,10 @@ def check(run: Run) -> None:
             raise ConfigError(f"no file {path!r}, here or beside the recipe")
     if judged.candidates is not None and judged.qrels is None:
         raise ConfigError("evaluate.candidates needs evaluate.qrels, its judgments")
-    if recipe.mine.encoder is not None and "dense" in recipe.mine.retrievers:
+    dense = recipe.mine.encoder is not None and "dense" in recipe.mine.retrievers
+    if recipe.train.groups is None and recipe.label.judge == "encoder" and not dense:
+        raise ConfigError("label.judge=encoder needs mine.encoder, and dense among mine.retrievers")
+    if recipe.mine.encoder is not None and dense:
         load_tokenizer(recipe.mine.encoder)
     check_training(run)
 
@@ -119,7 +123,7 @@ def mine(run: Run) -> None:
 def label(run: Run) -> None:
     """Have a judge make candidates into positives and hard negatives, with soft labels."""
     config = run.recipe.label
-    prompt = run.prompt(_judge_prompt(config)) if config.judge != "reranker" else None
+    prompt = run.prompt(_judge_prompt(config)) if config.judge not in _WITHOUT_PROMPT else None
     by_llm = {} if prompt is None else {"prompt_digest": prompt.digest, **_llm_shape(run)}
 
     def work() -> Made:
@@ -135,12 +139,14 @@ def label(run: Run) -> None:
                 run.recipe.seed,
                 journal,
             )
-            if run.recipe.evaluate.dev_queries is not None:
+            if run.recipe.evaluate.dev_queries is not None and judge is not None:
                 human = dev_groups(run, config.candidates // 2, _JUDGED_DEV_QUERIES)
                 facts = {**facts, "judge_on_human_labels": check_judge(human, judge, journal)}
             # Beside the groups for whoever looks, and no part of what is published.
             tables.pop("judged").to_parquet(run.root / "groups" / "judged.parquet")
-        return tables, counts, {**facts, "prompt": prompt and prompt.source, "llm": judge.name}
+        name = judge.name if judge is not None else run.encoder and run.encoder.name
+        by = {"judge_model": name} if prompt is None else {"prompt": prompt.source, "llm": name}
+        return tables, counts, {**facts, **by}
 
     shape = {**_prompted(config), **by_llm, **first_stage_shape(run)}
     run.make("groups", shape, ("passages", "candidates"), work)

@@ -60,11 +60,12 @@ _HELD_OUT = 100  # documents that auto chooses on at least
 class LabelConfig:
     """How candidates become positives and negatives, and what their soft labels are."""
 
-    judge: Literal["likelihood", "verdict", "grade", "pairwise", "reranker"] = option(
+    judge: Literal["likelihood", "verdict", "grade", "pairwise", "reranker", "encoder"] = option(
         "likelihood",
         "likelihood: how well the passage explains the query, for small models; verdict: yes or no, grade: 0 to 3, and "
         "pairwise: which of two passages is better, for strong ones; reranker: a cross-encoder, named by "
-        "label.reranker.",
+        "label.reranker; encoder: mine.encoder alone, which costs no call of an LLM: for soft labels of many queries, "
+        "before training goes on with judged ones.",
     )
     reranker: str | None = option(None, "The reranker that judges: Hub id or folder.")
     opponents: int = option(
@@ -99,13 +100,13 @@ class LabelConfig:
     )
     drop_margin: float = option(
         0.0,
-        "likelihood, pairwise, reranker: a candidate whose soft label is above the source passage's less this margin "
-        "is as relevant as that, see label.false_negatives (standard deviations of the pool).",
+        "likelihood, pairwise, reranker, encoder: a candidate whose soft label is above the source passage's less "
+        "this margin is as relevant as that, see label.false_negatives (standard deviations of the pool).",
     )
     promote_margin: float | None = option(
         None,
-        "likelihood, pairwise, reranker: of these, promote makes a positive of one whose soft label is above the "
-        "source passage's by this margin, and drops the others; null: by 0 (standard deviations of the pool).",
+        "likelihood, pairwise, reranker, encoder: of these, promote makes a positive of one whose soft label is above "
+        "the source passage's by this margin, and drops the others; null: by 0 (standard deviations of the pool).",
     )
     positive_above: float | None = option(
         None, "verdict, grade: a score from here on makes a positive; null: a probability of 0.6, a grade of 1.5."
@@ -144,12 +145,14 @@ class _Pool:
     is_source: np.ndarray  # (pairs,)
 
 
-def load_judge(config: LabelConfig, llm: LLM, prompt: Prompt | None) -> Judge | PairwiseJudge:
-    """Return the judge that a recipe names.
+def load_judge(config: LabelConfig, llm: LLM, prompt: Prompt | None) -> Judge | PairwiseJudge | None:
+    """Return the judge that a recipe names; None where the encoder alone is the teacher.
 
     Raises:
         ConfigError: ``label.judge`` is ``reranker`` and no reranker is named.
     """
+    if config.judge == "encoder":
+        return None
     if config.judge == "reranker":
         if config.reranker is None:
             raise ConfigError("label.judge=reranker needs label.reranker, the Hub id or folder of a reranker")
@@ -174,7 +177,7 @@ def load_judge(config: LabelConfig, llm: LLM, prompt: Prompt | None) -> Judge | 
 def label_candidates(
     candidates: datasets.Dataset,
     passages: datasets.Dataset,
-    judge: Judge | PairwiseJudge,
+    judge: Judge | PairwiseJudge | None,
     dense: DenseIndex | None,
     config: LabelConfig,
     seed: int,
@@ -185,7 +188,7 @@ def label_candidates(
     Args:
         candidates: The candidates artifact.
         passages: The passages artifact that it was made from.
-        judge: Scores pairs.
+        judge: Scores pairs; None where the encoder's cosines are the judgment, and the teacher.
         dense: The passages' vectors, whose cosines are half of the teacher; None leaves the judge alone.
         config: How many candidates, the teacher's weight, the thresholds.
         seed: Seeds the draw of candidates and the order of the work.
@@ -198,20 +201,30 @@ def label_candidates(
         all it was compared with (``source_first``).
 
     Raises:
-        LabelError: A passage is not among ``passages``, a score is not finite, or no group is left.
+        LabelError: A passage is not among ``passages``, a score is not finite, there is neither judge nor encoder, or
+            no group is left.
     """
+    if judge is None and dense is None:
+        raise LabelError(
+            "label.judge=encoder needs an encoder, and the first stage has none: set mine.encoder to a "
+            "sentence-transformers model, and mine.retrievers to dense or hybrid"
+        )
     if not len(candidates):
         raise LabelError("there are no candidates to judge: no query was written, or none was mined for")
     pool = _draw_pool(candidates, passages, config, seed)
     order = np.random.default_rng(seed).permutation(len(pool.queries))
     pairs = [(pool.queries[q], pool.texts[p]) for q, p in zip(pool.query, pool.passage, strict=True)]
-    scores = _judge(pairs, pool.query, judge, journal, np.argsort(order), seed)
     cosines = None if dense is None else dense.similarity(pool.queries, pool.query, pool.rows[pool.passage])
-    scaled = judge.scale(scores)
+    if judge is None:
+        assert cosines is not None
+        scores = scaled = cosines.astype(np.float64)
+    else:
+        scores = _judge(pairs, pool.query, judge, journal, np.argsort(order), seed)
+        scaled = judge.scale(scores)
     # Without an encoder the judge is alone, and its weight says nothing.
     weight = 1.0 if isinstance(config.judge_weight, str) else config.judge_weight
     choice: dict[str, Any] | None = None
-    if isinstance(config.judge_weight, str) and cosines is not None:
+    if isinstance(config.judge_weight, str) and cosines is not None and judge is not None:
         weight, choice = _choose_weight(scaled, cosines, pool, _source_documents(candidates, passages), seed)
     teacher = _teacher(scaled, cosines, pool.query, weight)
 
@@ -429,13 +442,13 @@ def standardize(values: np.ndarray, query: np.ndarray) -> np.ndarray:
 
 
 def _decide(
-    scores: np.ndarray, teacher: np.ndarray, pool: _Pool, judge: Judge | PairwiseJudge, config: LabelConfig
+    scores: np.ndarray, teacher: np.ndarray, pool: _Pool, judge: Judge | PairwiseJudge | None, config: LabelConfig
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return which pairs are positive, which could be negative, and why each is what it is, by a name of ``_REASONS``.
 
     Each has the shape ``(pairs,)``.
     """
-    decided = judge.decide(scores)
+    decided = None if judge is None else judge.decide(scores)
     mode = config.false_negatives
     known = ~np.isnan(scores)
     source_known = known[pool.is_source][pool.query]

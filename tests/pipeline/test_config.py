@@ -49,7 +49,7 @@ def test_overrides_reach_nested_keys_and_read_yaml_values(tmp_path):
         (
             "label: {judge: oracle}",
             [],
-            "label.judge must be one of likelihood, verdict, grade, pairwise, reranker, not 'oracle'",
+            "label.judge must be one of likelihood, verdict, grade, pairwise, reranker, encoder, not 'oracle'",
         ),
         ("[1, 2]", [], "must hold sections"),
         ("corpus: 3", [], "corpus must be a section"),

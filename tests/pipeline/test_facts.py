@@ -255,6 +255,21 @@ def test_groups_of_another_run_are_published_with_what_their_own_manifest_says(f
         repos(open_run(finished.recipe, settings))
 
 
+def test_a_dataset_that_no_llm_judged_names_who_did(tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    settings = ["label.judge=encoder", f"mine.encoder={tmp_path / 'encoder'}", "label.false_negatives=keep"]
+    settings += ["train.max_steps=1", "generate.queries=20", *NAMES]
+    assert main(["run", str(recipe), *settings]) == 0
+    dataset, model = repos(open_run(recipe, settings))
+    llm = read_manifest(tmp_path / "run" / "queries").facts["llm"]
+    encoder = read_manifest(tmp_path / "run" / "groups").facts["judge_model"]
+    for text in (card(dataset), card(model)):
+        assert f"Judge: encoder (`{encoder}`)" in text and f"written by `{llm}`" in text
+        assert "judge weight" not in text and "opponents" not in text
+    assert main(["run", str(recipe), *settings, "mine.encoder=null"]) != 0
+    assert "label.judge=encoder needs mine.encoder" in capsys.readouterr().err
+
+
 def test_nothing_that_is_uploaded_names_a_path_of_the_machine(tmp_path):
     """A user's run in their home folder, everything named by absolute paths, uploaded by the command."""
     home = tmp_path / "home" / "alice"

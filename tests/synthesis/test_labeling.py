@@ -512,6 +512,23 @@ def test_a_reranker_can_be_the_judge(tmp_path, tiny_reranker):
         load_judge(LabelConfig(judge="reranker"), FakeLLM(), None)
 
 
+def test_the_encoder_can_be_the_judge_and_no_llm_is_called(tmp_path):
+    config = LabelConfig(judge="encoder", random=0, false_negatives="keep", match_length=False)
+    judge = load_judge(config, FakeLLM(), None)
+    with Journal(tmp_path / "j") as journal:
+        dense = Cosines(0.5, 0.6, 0.1, 0.2, 0.0, 0.0)
+        tables, counts, facts = label_candidates(mined("bcd"), PASSAGES, judge, dense, config, 0, journal)
+        with pytest.raises(LabelError, match=r"label\.judge=encoder needs an encoder"):
+            label_candidates(mined("bcd"), PASSAGES, judge, None, config, 0, journal)
+    cosines = np.array([0.5, 0.6, 0.1, 0.2])
+    (group,) = tables["train"]
+    assert group["passage_ids"] == ["a", "b", "c", "d"]
+    assert group["scores"] == pytest.approx((cosines - cosines.mean()) / cosines.std(), abs=1e-5)
+    assert group["labels"] == [1.0, 0.0, 0.0, 0.0]
+    assert counts["kept_as_good_as_source"] == 1
+    assert facts["source_first"] == {"judge": 0.0, "encoder": 0.0, "teacher": 0.0}
+
+
 class Cosines:
     """An index that knows the cosine of each passage of ``PASSAGES``."""
 
