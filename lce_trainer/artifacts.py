@@ -334,11 +334,15 @@ def _unpack(parquet: Path, folder: Path) -> Path:
                 writer.write_table(pa.Table.from_batches([batch]))
             writer.finalize()
         write_manifest(part, [_ARROW], kind="arrow", config={}, inputs={}, counts={})
-        shutil.rmtree(folder, ignore_errors=True)
         try:
             part.rename(folder)
         except OSError:
-            read_manifest(folder, "arrow")  # another process of this command was faster
+            # Another process of this command was faster, and may have its file open: only a damaged one is replaced.
+            try:
+                read_manifest(folder, "arrow")
+            except ArtifactError:
+                shutil.rmtree(folder)
+                part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder

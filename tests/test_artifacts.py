@@ -21,6 +21,24 @@ def test_a_table_comes_back_as_it_was(tmp_path):
     assert load_table(tmp_path / "a", "passages").to_list() == TABLE.to_list()
 
 
+def test_a_process_that_unpacks_a_table_later_leaves_alone_what_a_faster_one_has_open(tmp_path, monkeypatch):
+    save(tmp_path / "a")
+    faster = []
+
+    def write_manifest(*args, **kwargs):
+        monkeypatch.undo()
+        faster.append(load_table(tmp_path / "a", "passages"))
+        (folder,) = (path for path in (tmp_path / "a" / ".cache").iterdir() if not path.name.startswith("."))
+        faster.append(folder.stat().st_ino)
+        return artifacts.write_manifest(*args, **kwargs)
+
+    monkeypatch.setattr(artifacts, "write_manifest", write_manifest)
+    assert load_table(tmp_path / "a", "passages").to_list() == TABLE.to_list()
+    (folder,) = (tmp_path / "a" / ".cache").iterdir()
+    assert folder.stat().st_ino == faster[1]
+    assert faster[0].to_list() == TABLE.to_list()
+
+
 def test_the_same_work_gives_the_same_bytes(tmp_path):
     first, second = save(tmp_path / "a", max_words=3), save(tmp_path / "b", max_words=3)
     assert first.digest == second.digest

@@ -130,6 +130,7 @@ def test_activation_checkpointing_is_taken_into_account_and_left_on(tmp_path):
 
 
 def test_what_does_not_fit_is_warned_of_with_a_micro_batch_size_that_fits(tmp_path, caplog):
+    caplog.set_level("WARNING", logger="lce_trainer")  # whatever level a command has left it at
     trainer = make_trainer(tmp_path, make_groups(64), per_device_train_batch_size=32)
     plan = trainer.forecast()
     log_forecast(plan, 10, int(plan.besides_weights) + 1, trainer.args)
