@@ -18,7 +18,8 @@ from lce_trainer.pipeline.reference import find_keys
 from lce_trainer.pipeline.run import open_run
 
 PAGES = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
-DOCUMENTS = ("README.md", "recipes/README.md", "CONTRIBUTING.md", "recipes/medquad/recipe.yaml", *PAGES)
+RESULTS = "recipes/quickstart/RESULTS.md"
+DOCUMENTS = ("README.md", "recipes/README.md", RESULTS, "CONTRIBUTING.md", "recipes/medquad/recipe.yaml", *PAGES)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
