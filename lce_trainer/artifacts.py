@@ -64,8 +64,9 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the contents and what made them, 16 hex digits; library versions apart."""
+        """SHA-256 over the contents and what made them, 16 hex digits; library versions and cost apart."""
         made = {key: value for key, value in asdict(self).items() if key != "libraries"}
+        made["facts"] = {key: value for key, value in self.facts.items() if key != "cost"}
         return digest(made)
 
 

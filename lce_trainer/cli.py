@@ -148,6 +148,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--no-wait", action="store_true", help="fail if another command works in the run folder, do not wait for it"
         )
+        if name in ("generate", "label"):
+            command.add_argument("--dry-run", action="store_true", help="answer a sample and print what the rest costs")
         if name == "publish":
             command.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
             command.add_argument("--create-pr", action="store_true", help="open pull requests, and commit nothing")
@@ -266,6 +268,7 @@ def _convert(source: str, folder: Path) -> str:
 def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
     from lce_trainer.pipeline import stages
     from lce_trainer.pipeline.report import write_report
+    from lce_trainer.synthesis.cost import QuoteReadyError
 
     if arguments.command == "publish":
         published = stages.publish(
@@ -277,10 +280,11 @@ def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
         )
         print(published)
         return 0
+    dry_run = arguments.command in ("generate", "label") and arguments.dry_run
     works: dict[str, Callable[[], str | None]] = {
-        "generate": lambda: stages.generate(run),
+        "generate": lambda: stages.generate(run, dry_run),
         "mine": lambda: stages.mine(run),
-        "label": lambda: stages.label(run),
+        "label": lambda: stages.label(run, dry_run),
         "train": lambda: stages.train(run),
         "evaluate": lambda: stages.evaluate(run),
     }
@@ -298,7 +302,10 @@ def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
     begun = time.monotonic()
     for name in chosen:
         start = time.monotonic()
-        text = works[name]()
+        try:
+            text = works[name]()
+        except QuoteReadyError as quote:  # the end of a dry run
+            text = str(quote)
         logger.info("%s took %s", name, _duration(time.monotonic() - start))
         if text is not None and _is_first_process():
             print(f"\n{text}")

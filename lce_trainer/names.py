@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,9 @@ def _why_missing(missing: list[str], unused: list[str]) -> str:
 
 def _others(keys: list[str]) -> str:
     return f", and {len(keys) - 1} more do not fit" if len(keys) > 1 else ""
+
+
+def names_a_base(model: str) -> bool:
+    """Whether a model's name says that it is a base model: some of these have their instruct form's chat template."""
+    words = re.split(r"[-_.@ ]", model.rpartition("/")[2].lower())
+    return bool({"base", "pt", "pretrained"} & set(words))

@@ -28,9 +28,13 @@ from lce_trainer.pipeline.evaluate import (
 from lce_trainer.pipeline.facts import repos
 from lce_trainer.pipeline.run import Made, Run, is_stale, processes
 from lce_trainer.pipeline.train import check_training, train_reranker
+from lce_trainer.synthesis import cost
 from lce_trainer.synthesis.corpus import build_passages
+from lce_trainer.synthesis.cost import Meter, QuoteReadyError, check_prices
 from lce_trainer.synthesis.journal import Journal
 from lce_trainer.synthesis.labeling import LabelConfig, check_judge, label_candidates, load_judge
+from lce_trainer.synthesis.llm.endpoint import EndpointLLM
+from lce_trainer.synthesis.llm.protocol import Need
 from lce_trainer.synthesis.queries import GenerateConfig, generate_queries
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
 from lce_trainer.synthesis.retrieval.dense import DenseIndex
@@ -40,7 +44,8 @@ logger = logging.getLogger(__name__)
 
 
 # How a language model is reached and how fast does not shape its answers.
-_HOW_IT_RUNS = ("endpoint", "concurrency", "timeout", "retries", "batch_tokens")
+_HOW_IT_RUNS = ("endpoint", "concurrency", "timeout", "retries", "batch_tokens", "patience", "price", "budget")
+_SAMPLE = 16  # calls that a dry run answers for its quote
 _JUDGED_DEV_QUERIES = 40
 _WITHOUT_PROMPT = ("reranker", "encoder")  # judges that are no language models
 
@@ -54,8 +59,14 @@ def check(run: Run) -> None:
     recipe, judged = run.recipe, run.recipe.evaluate
     if recipe.train.groups is None:
         run.prompt(recipe.generate.prompt)
-    if recipe.train.groups is None and recipe.label.judge not in _WITHOUT_PROMPT:
-        run.prompt(_judge_prompt(recipe.label))
+        check_prices(recipe.llm.price, recipe.llm.budget)
+        judged_by_llm = recipe.label.judge not in _WITHOUT_PROMPT
+        if judged_by_llm:
+            run.prompt(_judge_prompt(recipe.label))
+        if not all((run.root / name / MANIFEST).is_file() for name in ("queries", "groups")):
+            run.llm.check("complete")
+            if judged_by_llm:
+                run.llm.check(_needs(recipe.label))
     for queries in filter(None, (judged.queries, judged.dev_queries)):
         read_queries(run.find(queries))
     for path in filter(None, (judged.candidates, judged.qrels)):
@@ -92,20 +103,32 @@ def read_corpus(run: Run) -> None:
                 DenseIndex.build(run.table("passages"), folder / "dense", encoder, made_from)
 
 
-def generate(run: Run) -> None:
-    """Have the LLM write queries for passages drawn at random, and keep those that lead back."""
+def generate(run: Run, dry_run: bool = False) -> None:
+    """Have the LLM write queries for passages drawn at random, and keep those that lead back.
+
+    Raises:
+        QuoteReadyError: In a dry run, once a sample is answered, unless the queries are made already.
+    """
     read_corpus(run)
     config = run.recipe.generate
     prompt = run.prompt(config.prompt)
 
     def work() -> Made:
+        run.llm.check("complete")
         with Journal(run.root / "queries" / "journal.jsonl") as journal:
+            journal.meter = _meter(run, journal, "queries", dry_run)
             queries, counts = generate_queries(
                 run.table("passages"), run.llm, prompt, config, run.recipe.seed, journal, run.first_stage
             )
-        return {"train": queries}, counts, {"prompt": prompt.source, "llm": run.llm.name}
+            paid = _cost(run, journal, counts["kept"], "query")
+        return {"train": queries}, counts, {"prompt": prompt.source, "llm": run.llm.name, "cost": paid}
 
-    shape = {**_prompted(config), "prompt_digest": prompt.digest, **_llm_shape(run), **first_stage_shape(run)}
+    shape = {
+        **_prompted(config),
+        "prompt_digest": prompt.digest,
+        **_llm_shape(run, "queries"),
+        **first_stage_shape(run),
+    }
     run.make("queries", shape, ("passages",), work)
 
 
@@ -120,16 +143,25 @@ def mine(run: Run) -> None:
     run.make("candidates", {**asdict(config), "encoder": None, **first_stage_shape(run)}, ("passages", "queries"), work)
 
 
-def label(run: Run) -> None:
-    """Have a judge make candidates into positives and hard negatives, with soft labels."""
+def label(run: Run, dry_run: bool = False) -> None:
+    """Have a judge make candidates into positives and hard negatives, with soft labels.
+
+    Raises:
+        QuoteReadyError: In a dry run, once a sample is judged, unless the groups are made already.
+    """
     config = run.recipe.label
     prompt = run.prompt(_judge_prompt(config)) if config.judge not in _WITHOUT_PROMPT else None
-    by_llm = {} if prompt is None else {"prompt_digest": prompt.digest, **_llm_shape(run)}
+    by_llm = {} if prompt is None else {"prompt_digest": prompt.digest, **_llm_shape(run, "groups")}
 
     def work() -> Made:
+        if prompt is not None:
+            run.llm.check(_needs(config))
+        elif dry_run:
+            raise QuoteReadyError(f"the judge is the {config.judge}, which runs here: it costs no tokens")
         judge = load_judge(config, run.llm, prompt)
         dense = run.first_stage.retrievers.get("dense")
         with Journal(run.root / "groups" / "journal.jsonl") as journal:
+            journal.meter = None if prompt is None else _meter(run, journal, "groups", dry_run)
             tables, counts, facts = label_candidates(
                 run.table("candidates"),
                 run.table("passages"),
@@ -142,6 +174,8 @@ def label(run: Run) -> None:
             if run.recipe.evaluate.dev_queries is not None and judge is not None:
                 human = dev_groups(run, config.candidates // 2, _JUDGED_DEV_QUERIES)
                 facts = {**facts, "judge_on_human_labels": check_judge(human, judge, journal)}
+            if prompt is not None:
+                facts = {**facts, "cost": _cost(run, journal, counts["groups"], "group")}
             # Beside the groups for whoever looks, and no part of what is published.
             tables.pop("judged").to_parquet(run.root / "groups" / "judged.parquet")
         name = judge.name if judge is not None else run.encoder and run.encoder.name
@@ -210,7 +244,37 @@ def _prompted(config: GenerateConfig | LabelConfig) -> dict[str, Any]:
     return {**asdict(config), "prompt": config.prompt and Path(config.prompt).name}
 
 
-def _llm_shape(run: Run) -> dict[str, Any]:
-    shaping = {key: value for key, value in asdict(run.recipe.llm).items() if key not in _HOW_IT_RUNS}
-    # Its name and not its path on this machine: the groups are published with their manifest.
-    return {f"llm_{key}": value for key, value in {**shaping, "model": run.llm.name}.items()}
+def _llm_shape(run: Run, name: str) -> dict[str, Any]:
+    """What of the language model shapes an artifact: its settings, and behind a server how it is spoken to there."""
+    config = run.recipe.llm
+    shaping = {f"llm_{key}": value for key, value in asdict(config).items() if key not in _HOW_IT_RUNS}
+    if config.endpoint is None:
+        # Its name and not its path on this machine: the groups are published with their manifest.
+        return {**shaping, "llm_model": run.llm.name}
+    if (run.root / name / MANIFEST).is_file() and isinstance(run.llm, EndpointLLM) and not run.llm.is_up():
+        made = run.manifest(name).config
+        if "llm_identity" in made:
+            logger.info("%s: the server does not answer; it is taken for the one that made them", name)
+            return {**shaping, "llm_model": made.get("llm_model"), "llm_identity": made["llm_identity"]}
+    return {**shaping, "llm_model": run.llm.name, "llm_identity": run.llm.identity}
+
+
+def _needs(config: LabelConfig) -> Need:
+    """What a judge needs of the language model."""
+    return "score" if config.judge == "likelihood" else "choose"
+
+
+def _meter(run: Run, journal: Journal, name: str, dry_run: bool) -> Meter:
+    """Counts a stage's calls, those of the other one before it in the budget."""
+    config = run.recipe.llm
+    spent = 0.0
+    if name == "groups" and config.budget is not None:
+        spent = float(run.manifest("queries").facts.get("cost", {}).get("money", 0.0))
+    # What runs here answers a batch together or not at all, so that a later run gives the same bits.
+    sample = (10**9 if config.endpoint is None else _SAMPLE) if dry_run else None
+    return Meter(lambda: run.llm.usage, journal.usage, config.price, budget=config.budget, spent=spent, sample=sample)
+
+
+def _cost(run: Run, journal: Journal, kept: int, what: str) -> dict[str, float]:
+    logger.info("cost: %s", cost.summary(journal.usage, run.recipe.llm.price))
+    return cost.facts(journal.usage, run.recipe.llm.price, kept, what)

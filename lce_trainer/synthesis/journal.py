@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from lce_trainer.artifacts import digest
 from lce_trainer.errors import ArtifactError
+from lce_trainer.synthesis.cost import Meter, Usage, is_usage, total
 
 try:
     import fcntl
@@ -62,21 +63,36 @@ def ask(
     known = sum(key in journal for key in keys)
     if known:
         logger.info("%s: %d of %d already answered, in %s", desc, known, len(keys), journal.path.name)
+    meter = journal.meter
     with tqdm(total=sum(map(len, batches)), desc=desc) as progress:
         for batch in batches:
             missing = list({keys[index]: index for index in batch if keys[index] not in journal}.values())
-            alone = 0
+            alone, counted = 0, time.monotonic()
 
             def record(place: int, answer: Any, missing: Sequence[int] = missing) -> None:
-                nonlocal alone
-                journal.append({keys[missing[place]]: answer}, sync=False)
+                nonlocal alone, counted
+                used: Mapping[str, Any] = {}
+                if meter is not None and time.monotonic() - counted > _SYNC_SECONDS:
+                    used, counted = meter.used(), time.monotonic()
+                journal.append({keys[missing[place]]: answer, **used}, sync=False)
                 alone += 1
                 progress.update()
 
             if missing:
-                answers = call(missing, record)
+                if meter is not None:
+                    missing[meter.before(len(missing)) :] = []
+                try:
+                    answers = call(missing, record)
+                except BaseException:
+                    if meter is not None and alone:  # what came before is kept, and so is what it cost
+                        journal.append(meter.used())
+                    raise
                 together = {keys[index]: answer for index, answer in zip(missing, answers, strict=True)}
-                journal.append({key: answer for key, answer in together.items() if key not in journal})
+                together = {key: answer for key, answer in together.items() if key not in journal}
+                journal.append(together if meter is None else {**together, **meter.used()})
+                if meter is not None and meter.samples:
+                    answered = sum(key in journal for key in set(keys))
+                    meter.after(answered, len(set(keys)) - answered)
             progress.update(len(batch) - alone)
     return [journal[key] for key in keys]
 
@@ -95,6 +111,7 @@ class Journal:
                 cannot be opened.
         """
         self.path = path
+        self.meter: Meter | None = None
         self._answers: dict[str, Any] = {}
         self._synced = time.monotonic()
         try:
@@ -118,7 +135,7 @@ class Journal:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return sum(not is_usage(key) for key in self._answers)
 
     def __contains__(self, key: str) -> bool:
         return key in self._answers
@@ -129,6 +146,11 @@ class Journal:
     def get(self, key: str) -> Any | None:
         """The answer to a key; None when there is none, or when None is the answer (``in`` tells)."""
         return self._answers.get(key)
+
+    @property
+    def usage(self) -> Usage:
+        """What all answers in it have cost."""
+        return total(answer for key, answer in self._answers.items() if is_usage(key))
 
     def append(self, records: Mapping[str, Any], *, sync: bool = True) -> None:
         """Write one record of answers: all of it is in the file when this returns, or none.

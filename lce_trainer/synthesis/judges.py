@@ -78,7 +78,9 @@ class LikelihoodJudge:
 
     def key(self, query: str, passage: str) -> str:
         """See :meth:`Judge.key`."""
-        return digest({"judge": "likelihood", "llm": self.name, "pair": self._render(query, passage), "options": ()})
+        text, continuation = self._render(query, passage)
+        pair = (self._llm.reads(text), continuation)
+        return digest({"judge": "likelihood", "llm": self._llm.identity, "pair": pair, "options": ()})
 
     def score(self, pairs: Sequence[tuple[str, str]], each: Each | None = None) -> list[float | None]:
         """See :meth:`Judge.score`; this judge never abstains."""
@@ -140,8 +142,8 @@ class ChoiceJudge:
     def key(self, query: str, passage: str) -> str:
         """See :meth:`Judge.key`."""
         options = [form for forms in _ANSWERS[self._kind].values() for form in forms]
-        rendered = (self._render(query, passage), "")
-        return digest({"judge": self._kind, "llm": self.name, "pair": rendered, "options": options})
+        pair = (self._llm.reads(self._render(query, passage)), "")
+        return digest({"judge": self._kind, "llm": self._llm.identity, "pair": pair, "options": options})
 
     def score(self, pairs: Sequence[tuple[str, str]], each: Each | None = None) -> list[float | None]:
         """See :meth:`Judge.score`."""

@@ -14,6 +14,7 @@ from lce_trainer.errors import LLMError
 from lce_trainer.settings import option
 from lce_trainer.synthesis.journal import Journal, ask
 from lce_trainer.synthesis.llm.protocol import LLM, Each
+from lce_trainer.synthesis.llm.replies import kind_of_reply
 from lce_trainer.synthesis.prompts import Prompt
 from lce_trainer.synthesis.retrieval.hybrid import FirstStage
 
@@ -32,7 +33,7 @@ _STOP = ("\n",)
 _BATCH = 128
 _WINDOW = 16
 
-_REASONS = ("empty", "too_short", "too_long", "copied", "echo", "roundtrip", "duplicate")
+_REASONS = ("empty", "reply", "too_short", "too_long", "copied", "echo", "roundtrip", "duplicate")
 _WORD = re.compile(r"\w+")
 _SHOWN_WORD = re.compile(r"\S+")
 # "1. ", "(2) ", "- ", "Query: ", "Search query 3: ", "Q: "
@@ -114,11 +115,11 @@ def generate_queries(
         "stop": _STOP,
     }
     keys = [
-        digest({"llm": llm.name, "prompt": prompts[row], "seed": seeds[item], **sampling})
+        digest({"llm": llm.identity, "prompt": llm.reads(prompts[row]), "seed": seeds[item], **sampling})
         for item, (row, _) in enumerate(items)
     ]
 
-    def complete(batch: Sequence[int], each: Each) -> list[str]:
+    def complete(batch: Sequence[int], each: Each) -> Sequence[str | None]:
         return llm.complete(
             [prompts[items[item][0]] for item in batch],
             max_new_tokens=config.max_new_tokens,
@@ -130,9 +131,13 @@ def generate_queries(
         )
 
     batches = plan_batches([row for row, _ in items], seed)
-    queries = [clean_query(text) for text in ask(journal, keys, batches, complete, "writing queries")]
+    replies = [text or "" for text in ask(journal, keys, batches, complete, "writing queries")]
+    queries = [clean_query(text) for text in replies]
 
     reasons = _reasons_to_drop(queries, [texts[row] for row, _ in items], _echoes(prompt, config), config)
+    # A base model goes on with a text and answers nobody: what it writes is taken for a query.
+    if any(not isinstance(llm.reads(text), str) for text in prompts[:1]):
+        _drop_replies(reasons, replies)
     _drop_lost(reasons, queries, [int(drawn[row]) for row, _ in items], config.roundtrip_k, first_stage)
     _drop_duplicates(reasons, queries)
     kept = [item for item, reason in enumerate(reasons) if reason is None]
@@ -263,6 +268,13 @@ def _reasons_to_drop(
         else:
             reasons.append(None)
     return reasons
+
+
+def _drop_replies(reasons: list[str | None], replies: Sequence[str]) -> None:
+    """An instruct model may answer, announce a query or refuse, where it was to write one."""
+    for item, text in enumerate(replies):
+        if reasons[item] != "empty" and kind_of_reply(text) in ("answer", "lead_in", "refusal"):
+            reasons[item] = "reply"
 
 
 def _copies(words: Sequence[str], text: str, limit: int) -> bool:

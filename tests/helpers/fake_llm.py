@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lce_trainer.synthesis.cost import Usage
+
 
 class FakeLLM:
     """Answers are looked up, counted, and written to a log that outlives the process.
@@ -29,7 +31,8 @@ class FakeLLM:
         log: Path | None = None,
         name: str = "fake",
     ) -> None:
-        self.name = name
+        self.name = self.identity = name
+        self.usage = Usage()
         self.asked: list[tuple[str, ...]] = []
         self.seeds: list[int] = []
         self.calls = 0
@@ -38,6 +41,12 @@ class FakeLLM:
         self._scores = scores or {}
         self._kill_after = kill_after
         self._log = log
+
+    def check(self, need: str) -> None:
+        """Everything that is planned can be served."""
+
+    def reads(self, prompt: str) -> str:
+        return str(prompt)
 
     def complete(
         self,

@@ -18,11 +18,14 @@ LIKELIHOOD = Prompt("likelihood.jinja", "Passage: {{ passage }}\nQuery:")
 class HashedJudge:
     """Scores any pair, the same each time; ``lean`` is how much longer passages please it."""
 
-    name = "hashed"
+    name = identity = "hashed"
 
     def __init__(self, lean=0.0):
         self.lean = lean
         self.asked = 0
+
+    def reads(self, prompt):
+        return str(prompt)
 
     def score(self, prompts, continuations, each=None):
         self.asked += len(prompts)

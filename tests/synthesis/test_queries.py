@@ -211,6 +211,7 @@ def test_every_reason_to_drop_is_counted(tmp_path):
         "asked": 9,
         "kept": 2,
         "dropped_empty": 2,
+        "dropped_reply": 0,
         "dropped_too_short": 1,
         "dropped_too_long": 1,
         "dropped_copied": 1,

@@ -50,11 +50,7 @@ def load_model(config: LLMConfig) -> tuple[Any, Any]:
     except Exception as error:
         if isinstance(error, LLMError):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LLMError(
-            f"cannot load {config.model!r} as a causal language model: {reason}; "
-            "llm.model takes a Hub id, a folder, a .gguf file, or package:NAME"
-        ) from error
+        raise _cannot_load(config.model, error) from error
     # A checkpoint's own sampling settings would silently mix with ours.
     end = getattr(model.generation_config, "eos_token_id", None)
     end = tokenizer.eos_token_id if end is None else end
@@ -67,6 +63,32 @@ def load_model(config: LLMConfig) -> tuple[Any, Any]:
         lambda _, args: (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
     )
     return model, tokenizer
+
+
+def load_tokenizer(config: LLMConfig) -> Any:
+    """Return the tokenizer alone, which knows whether the model has a chat template.
+
+    Raises:
+        ConfigError: ``package:NAME`` is not installed.
+        LLMError: There is no such model, or its tokenizer cannot be loaded.
+    """
+    name = resolve_model(config.model)
+    try:
+        gguf = name.lower().endswith(".gguf")
+        path = str(_converted(Path(name).expanduser(), resolve_dtype(config.dtype))) if gguf else name
+        return load_tokenizer_files(config.model, path)
+    except Exception as error:  # as in load_model
+        if isinstance(error, LLMError):
+            raise
+        raise _cannot_load(config.model, error) from error
+
+
+def _cannot_load(model: str, error: Exception) -> LLMError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return LLMError(
+        f"cannot load {model!r} as a causal language model: {reason}; "
+        "llm.model takes a Hub id, a folder, a .gguf file, or package:NAME"
+    )
 
 
 def _converted(gguf: Path, dtype: torch.dtype) -> Path:
