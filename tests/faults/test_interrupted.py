@@ -25,7 +25,7 @@ STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKI
 
 
 class Server(ThreadingHTTPServer):
-    """Speaks TGI's JSON, takes its time for each answer, and counts the answers; some end in half an emoji."""
+    """Speaks TGI's JSON, takes its time for each answer, and counts those that are asked for; some end in half an emoji."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -40,10 +40,14 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self.reply({"model_id": "org/served"})
+        self.reply({"model_id": "org/served"} if self.path == "/info" else None)
 
     def do_POST(self) -> None:
         payload = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path != "/generate":
+            return self.reply(None)
+        if payload["parameters"]["max_new_tokens"] == 1:  # the probe
+            return self.reply([{"generated_text": "a", "details": {"finish_reason": "length", "generated_tokens": 1}}])
         time.sleep(0.03)
         key = f"{payload['inputs']} {payload['parameters']['seed']}"
         draw = random.Random(hashlib.sha256(key.encode()).hexdigest())
@@ -55,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, answer: object) -> None:
         data = json.dumps(answer).encode()
         try:
-            self.send_response(200)
+            self.send_response(200 if answer is not None else 404)
             self.send_header("content-length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

@@ -68,7 +68,12 @@ class EndpointLLM:
 
     @property
     def identity(self) -> str:
-        """The model, the server's program and whether it chats: TGI's answers are not those of a chat over ``/v1``."""
+        """The model, the server's program and whether it chats: TGI's answers are not those of a chat over ``/v1``.
+
+        Texts that TGI goes on with are those of the name alone, as in the journals of version 0.1.
+        """
+        if self.server.kind == "TGI" and not self._chats:
+            return self.name
         return f"{self.name} by {self.server.kind} {'chat' if self._chats else 'completion'}"
 
     @property
