@@ -194,8 +194,8 @@ class PairwiseJudge:
     def key(self, query: str, first: str, second: str) -> str:
         """Return the digest of everything that the answer to this question depends on."""
         options = [form for forms in _LETTERS for form in forms]
-        rendered = (self._render(query, first, second), "")
-        return digest({"judge": "pairwise", "llm": self.name, "pair": rendered, "options": options})
+        rendered = (self._llm.reads(self._render(query, first, second)), "")
+        return digest({"judge": "pairwise", "llm": self._llm.identity, "pair": rendered, "options": options})
 
     def compare(self, battles: Sequence[tuple[str, str, str]], each: Each | None = None) -> list[float | None]:
         """Return how likely the first passage of each (query, first, second) is preferred, in this order of the two.
