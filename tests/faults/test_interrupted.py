@@ -25,7 +25,7 @@ STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKI
 
 
 class Server(ThreadingHTTPServer):
-    """Speaks TGI's JSON, takes its time for each answer, and counts those that are asked for; some end in half an emoji."""
+    """Speaks TGI's JSON, takes its time for each answer, and counts those; some end in half an emoji."""
 
     daemon_threads = True
     request_queue_size = 64

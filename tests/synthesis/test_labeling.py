@@ -426,11 +426,14 @@ PAIRWISE = Prompt("pairwise.jinja", "Query: {{ query }}\nA: {{ first }}\nB: {{ s
 class Battles:
     """A model that prefers the better of two passages, and whichever stands first by so many nats besides."""
 
-    name = "battles"
+    name = identity = "battles"
 
     def __init__(self, strength, liking=0.0, abstains_at=None, sharpness=1.0):
         self.strength, self.liking, self.abstains_at, self.sharpness = strength, liking, abstains_at, sharpness
         self.asked = []
+
+    def reads(self, prompt):
+        return str(prompt)
 
     def choose(self, prompts, options, each=None):
         assert [list(forms) for forms in options] == [[" A", "A"], [" B", "B"]]
