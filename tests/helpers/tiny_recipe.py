@@ -14,6 +14,7 @@ from tokenizers import processors
 from transformers import BertModel, LlamaConfig, LlamaForCausalLM
 
 from helpers.tiny import WORDS, build_model, build_tokenizer
+from lce_trainer.synthesis.cost import is_usage
 
 ARTIFACTS = ("passages", "queries", "candidates", "groups", "model", "evaluation")
 TOKEN = "hf_" + "S3cret" * 6
@@ -100,10 +101,23 @@ def write_recipe(folder: Path) -> Path:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """What a run leaves, journals included; no Arrow caches, no logs of how fast it went, no page that draws a log."""
+    """What a run leaves, the answers of its journals included.
+
+    No Arrow caches, no logs of how fast it went, no page that draws a log, and of a journal no seconds that calls took.
+    """
     files = (file for file in sorted(root.rglob("*")) if file.is_file())
     names = {file.relative_to(root).as_posix(): file for file in files if file != root / "report.html"}
-    return {name: file.read_bytes() for name, file in names.items() if ".cache/" not in name and name[:5] != "logs/"}
+    return {
+        name: _answers(file) if file.name == "journal.jsonl" else file.read_bytes()
+        for name, file in names.items()
+        if ".cache/" not in name and name[:5] != "logs/"
+    }
+
+
+def _answers(journal: Path) -> bytes:
+    lines = (json.loads(line)["answers"] for line in journal.read_text(encoding="utf-8").splitlines())
+    answers = ({key: answer for key, answer in line.items() if not is_usage(key)} for line in lines)
+    return json.dumps([line for line in answers if line]).encode()
 
 
 def assert_same_run(root: Path, wanted: dict[str, bytes]) -> None:
