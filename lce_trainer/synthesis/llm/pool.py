@@ -307,9 +307,21 @@ def run_anywhere(work: Coroutine[Any, Any, _T]) -> _T:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(work)
+        return asyncio.run(_without_traces_of_an_end(work))
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
+        return pool.submit(asyncio.run, _without_traces_of_an_end(work)).result()
+
+
+async def _without_traces_of_an_end(work: Coroutine[Any, Any, _T]) -> _T:
+    """Await, and log no trace of a task that Ctrl-C or SIGTERM came upon: the end is on its way to the caller."""
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if error is None or isinstance(error, Exception):
+            loop.default_exception_handler(context)
+
+    asyncio.get_running_loop().set_exception_handler(handle)
+    return await work
 
 
 def _answered(answer: Any) -> Any:
