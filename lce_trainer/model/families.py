@@ -10,6 +10,7 @@ states, one product makes all three. Both are exact, forward and backward.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,13 +37,15 @@ class Family:
         positions_after_padding: Whether positions are counted from the one after the pad token's id, not from 0.
         has_normed_head: Whether its classification head is a dense layer, an activation, a LayerNorm and a classifier
             over a pair's pooled token, as modular CrossEncoders have it; see :mod:`lce_trainer.model.modular`.
-        patches: Yields the modules of a model whose forward is replaced for packed rows; None if the family cannot
-            be packed, because its attention is not called through transformers' ``AttentionInterface``.
+        has_own_attention: Whether its attention is not called through transformers' ``AttentionInterface``, so that
+            its patches alone make it packed.
+        patches: Yields the modules of a model whose forward is replaced for packed rows; None if the family is padded.
     """
 
     is_decoder: bool = False
     positions_after_padding: bool = False
     has_normed_head: bool = False
+    has_own_attention: bool = False
     patches: Callable[[Any], Iterator[Patch]] | None = None
 
 
@@ -57,6 +60,14 @@ def _distilbert(model: PreTrainedModel) -> Iterator[Patch]:
     layers = model.base_model.transformer.layer
     yield from ((layer.attention, _distilbert_attention) for layer in layers)
     yield layers[-1], _distilbert_layer
+
+
+def _mpnet(model: PreTrainedModel) -> Iterator[Patch]:
+    """Yield all modules down to the layers: none passes on what it does not know, and a packing is such."""
+    encoder = model.base_model.encoder
+    yield from ((model, _mpnet_scores), (model.base_model, _mpnet_model), (encoder, _mpnet_encoder))
+    yield from ((layer, _mpnet_layer) for layer in encoder.layer[:-1])
+    yield encoder.layer[-1], partial(_mpnet_layer, reads=True)
 
 
 def _modernbert(model: PreTrainedModel) -> Iterator[Patch]:
@@ -85,7 +96,7 @@ FAMILIES = {
     "qwen2": Family(is_decoder=True, patches=_decoder),
     "llama": Family(is_decoder=True, patches=_decoder),
     "mistral": Family(is_decoder=True, patches=_decoder),
-    "mpnet": Family(positions_after_padding=True),
+    "mpnet": Family(positions_after_padding=True, has_own_attention=True, patches=_mpnet),
     "longformer": Family(positions_after_padding=True),
     "xlm-roberta-xl": Family(positions_after_padding=True),
     "xmod": Family(positions_after_padding=True),
@@ -227,6 +238,42 @@ def _attend_to_states(
     return torch.einsum("phw,hsw->phs", torch.cat(means), of_value) + torch.cat(totals) * value.bias.to(
         query.dtype
     ).view(heads, size)
+
+
+def _mpnet_scores(model: Any, *args: Any, packing: Packing, **kwargs: Any) -> SequenceClassifierOutput:
+    states = model.base_model(*args, packing=packing, **kwargs)
+    return SequenceClassifierOutput(logits=model.classifier(states))
+
+
+def _mpnet_model(model: Any, input_ids: Tensor, *_: Any, position_ids: Tensor, packing: Packing, **__: Any) -> Tensor:
+    states: Tensor = model.encoder(model.embeddings(input_ids=input_ids, position_ids=position_ids), packing=packing)
+    return states
+
+
+def _mpnet_encoder(encoder: Any, hidden_states: Tensor, *_: Any, packing: Packing, **__: Any) -> Tensor:
+    # Distances are the same in every pair, so the longest one's biases are those of all.
+    bias = encoder.compute_position_bias(hidden_states[:, : packing.longest]).squeeze(0)
+    for layer in encoder.layer:
+        hidden_states = layer(hidden_states, bias=bias, packing=packing)
+    return hidden_states
+
+
+def _mpnet_layer(
+    layer: Any, hidden_states: Tensor, *_: Any, packing: Packing, bias: Tensor, reads: bool = False
+) -> Tensor:
+    attention, tokens = layer.attention.attn, hidden_states.squeeze(0)
+    size, dropout = attention.attention_head_size, attention.dropout.p if attention.training else 0.0
+    if reads:
+        kept, bias = tokens[packing.read], bias[:, :1]
+        query = attention.q(kept).unflatten(1, (-1, size))
+        key, value = _project(tokens, (attention.k, attention.v), size)
+    else:
+        kept = tokens
+        query, key, value = _project(tokens, (attention.q, attention.k, attention.v), size)
+    context = attend(query, key, value, packing, dropout=dropout, bias=bias).flatten(1)
+    attended = layer.attention.LayerNorm(layer.attention.dropout(attention.o(context)) + kept)
+    states: Tensor = layer.output(layer.intermediate(attended), attended)
+    return states[:, None] if reads else states[None]
 
 
 def _modernbert_layer(

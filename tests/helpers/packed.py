@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     ModernBertConfig,
+    MPNetConfig,
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
@@ -44,6 +45,7 @@ CONFIGS = {
         seq_classif_dropout=0.0,
         max_position_embeddings=64,
     ),
+    "mpnet": MPNetConfig(**SHIFTED),
     "modernbert": ModernBertConfig(
         **SMALL,
         local_attention=8,

@@ -131,6 +131,7 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     window: int | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Compute the attention of each pair over its own tokens.
 
@@ -144,6 +145,9 @@ def attend(
         dropout: Of attention weights.
         scaling: Of the products of queries and keys.
         window: As in :func:`packed_attention`.
+        bias: What is added to the scaled products of queries and keys by their places in the pair, shape
+            ``(heads, longest, longest)``, or ``(heads, 1, longest)`` for the token that is read, a pair's first;
+            None for nothing. It excludes a window and a direction.
 
     Returns:
         Context, of the shape of ``query``.
@@ -156,13 +160,15 @@ def attend(
         key, value, packing = _within(window, key, value, packing, causal)
         window = None
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if half and device == "cuda" and query.shape[-1] % 8 == 0 and _kernel_works(query.device):
+    if bias is None and half and device == "cuda" and query.shape[-1] % 8 == 0 and _kernel_works(query.device):
         return flash_attention(query, key, value, packing, causal, dropout, scaling, window)
     dtype, wide = query.dtype, half and device == "cpu"
     if wide:  # a CPU's fused kernel is faster in float32, backward twice as fast
         query, key, value = query.float(), key.float(), value.float()
     with torch.autocast(device, enabled=False) if wide else nullcontext():  # which would undo that
-        context: Tensor = attend_by_calls(query, key, value, packing, causal, dropout, scaling, window)
+        if bias is not None:
+            bias = bias.to(query.dtype)
+        context: Tensor = attend_by_calls(query, key, value, packing, causal, dropout, scaling, window, bias)
     return context.to(dtype)
 
 
@@ -176,6 +182,7 @@ def attend_by_calls(
     dropout: float = 0.0,
     scaling: float | None = None,
     window: int | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Compute :func:`attend` on any device; a window is for queries of all tokens."""
     one_query = len(query) != len(key)
@@ -188,9 +195,9 @@ def attend_by_calls(
     contexts = []
     for (pairs, length), *states in zip(packing.calls, *parts, strict=True):
         q, k, v = (state.view(pairs, -1, *state.shape[1:]).transpose(1, 2) for state in states)
-        mask = packing.mask(length, window, causal)
+        mask = packing.mask(length, window, causal) if bias is None else bias[:, :length, :length]
         # The CPU's fused kernel takes no dropout.
-        if dropout and not causal and query.device.type == "cpu" and length <= _LONGEST_BY_PRODUCTS:
+        if dropout and bias is None and not causal and query.device.type == "cpu" and length <= _LONGEST_BY_PRODUCTS:
             context = _attend_by_products(q, k, v, mask, dropout, scaling)
         else:
             context = functional.scaled_dot_product_attention(

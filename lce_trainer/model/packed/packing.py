@@ -6,7 +6,8 @@ encoder reads one token a pair, so its last layer needs keys and values of all t
 output projection and feed-forward of that token alone. Both are exact, forward and backward.
 
 The model stays the stock one: an attention function is registered with ``transformers``, and the
-last layer's ``forward`` is replaced on the instance. Called without a packing, it does what it
+last layer's ``forward`` is replaced on the instance, or every layer's where the family computes attention in its
+own way. Called without a packing, it does what it
 always did.
 """
 
@@ -59,10 +60,11 @@ def enable_packing(model: PreTrainedModel) -> bool:
     if getattr(model.config, "is_decoder", False) and not family_of(model.config).is_decoder:
         logger.info("a %s model with is_decoder cannot be packed: padding", kind)
         return False
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
-    model.attention_when_padded = attention_implementation(model.config)
-    model.set_attn_implementation(PACKED_ATTENTION)
+    if not family_of(model.config).has_own_attention:
+        AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+        AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+        model.attention_when_padded = attention_implementation(model.config)
+        model.set_attn_implementation(PACKED_ATTENTION)
     speed_up(model)
     for module, packed in patches:
         module.forward = _Packed(module, packed)
@@ -92,7 +94,8 @@ def _packed_answer(model: Any, *args: Any, packing: Packing, **kwargs: Any) -> S
 def packs(model: PreTrainedModel) -> bool:
     """Return whether :func:`enable_packing` has made this model take packed rows."""
     model = _without_adapters(model)
-    by_config = attention_implementation(model.config) == PACKED_ATTENTION
+    own = family_of(model.config).has_own_attention
+    by_config = own or attention_implementation(model.config) == PACKED_ATTENTION
     # A config can be shared with a model that was never enabled.
     return by_config and any(isinstance(module.__dict__.get("forward"), _Packed) for module in model.modules())
 
@@ -105,7 +108,8 @@ def disable_packing(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), Replacement):
             del module.forward
-    model.set_attn_implementation(model.attention_when_padded)
+    if not family_of(model.config).has_own_attention:
+        model.set_attn_implementation(model.attention_when_padded)
 
 
 class _Packed(Replacement):
