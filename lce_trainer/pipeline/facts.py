@@ -93,7 +93,7 @@ def _add_labels(facts: RunFacts, groups: Manifest) -> None:
     if judge != "pairwise":
         settings -= {"opponents"}
     if judge == "encoder":
-        settings -= {"judge_weight", "max_passage_words"}
+        settings -= {"judge_weight", "max_passage_words", "encoder"}
     facts.llm, facts.judge_model = groups.facts.get("llm", ""), groups.facts.get("judge_model", "")
     facts.judge = judge
     shown = {key: value for key, value in config.items() if key in settings and value is not None}

@@ -37,7 +37,7 @@ from lce_trainer.synthesis.llm.endpoint import EndpointLLM
 from lce_trainer.synthesis.llm.protocol import Need
 from lce_trainer.synthesis.queries import GenerateConfig, generate_queries
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
-from lce_trainer.synthesis.retrieval.dense import DenseIndex
+from lce_trainer.synthesis.retrieval.dense import DenseIndex, Encoder
 from lce_trainer.synthesis.retrieval.mining import mine_candidates
 
 logger = logging.getLogger(__name__)
@@ -75,8 +75,11 @@ def check(run: Run) -> None:
     if judged.candidates is not None and judged.qrels is None:
         raise ConfigError("evaluate.candidates needs evaluate.qrels, its judgments")
     dense = recipe.mine.encoder is not None and "dense" in recipe.mine.retrievers
-    if recipe.train.groups is None and recipe.label.judge == "encoder" and not dense:
-        raise ConfigError("label.judge=encoder needs mine.encoder, and dense among mine.retrievers")
+    teacher = recipe.label.encoder
+    if recipe.train.groups is None and recipe.label.judge == "encoder" and not dense and teacher is None:
+        raise ConfigError("label.judge=encoder needs label.encoder, or mine.encoder and dense among mine.retrievers")
+    if recipe.train.groups is None and teacher is not None:
+        load_tokenizer(teacher)
     if recipe.mine.encoder is not None and dense:
         load_tokenizer(recipe.mine.encoder)
     check_training(run)
@@ -152,6 +155,7 @@ def label(run: Run, dry_run: bool = False) -> None:
     config = run.recipe.label
     prompt = run.prompt(_judge_prompt(config)) if config.judge not in _WITHOUT_PROMPT else None
     by_llm = {} if prompt is None else {"prompt_digest": prompt.digest, **_llm_shape(run, "groups")}
+    teacher = Encoder(config.encoder) if config.encoder is not None else None
 
     def work() -> Made:
         if prompt is not None:
@@ -160,13 +164,14 @@ def label(run: Run, dry_run: bool = False) -> None:
             raise QuoteReadyError(f"the judge is the {config.judge}, which runs here: it costs no tokens")
         judge = load_judge(config, run.llm, prompt)
         dense = run.first_stage.retrievers.get("dense")
+        encoder = teacher or (dense if isinstance(dense, DenseIndex) else None)
         with Journal(run.root / "groups" / "journal.jsonl") as journal:
             journal.meter = None if prompt is None else _meter(run, journal, "groups", dry_run)
             tables, counts, facts = label_candidates(
                 run.table("candidates"),
                 run.table("passages"),
                 judge,
-                dense if isinstance(dense, DenseIndex) else None,
+                encoder,
                 config,
                 run.recipe.seed,
                 journal,
@@ -178,11 +183,14 @@ def label(run: Run, dry_run: bool = False) -> None:
                 facts = {**facts, "cost": _cost(run, journal, counts["groups"], "group")}
             # Beside the groups for whoever looks, and no part of what is published.
             tables.pop("judged").to_parquet(run.root / "groups" / "judged.parquet")
-        name = judge.name if judge is not None else run.encoder and run.encoder.name
+        by_encoder = teacher or run.encoder
+        name = judge.name if judge is not None else by_encoder and by_encoder.name
         by = {"judge_model": name} if prompt is None else {"prompt": prompt.source, "llm": name}
         return tables, counts, {**facts, **by}
 
     shape = {**_prompted(config), **by_llm, **first_stage_shape(run)}
+    if teacher is not None:
+        shape["encoder"] = teacher.name
     run.make("groups", shape, ("passages", "candidates"), work)
 
 

@@ -1,6 +1,6 @@
 """A judge turns each query's candidates into positives and hard negatives, with soft labels beside them.
 
-The soft labels are a teacher's: the judge's scores and the cosines of the first stage's encoder, both standardized
+The soft labels are a teacher's: the judge's scores and the cosines of an encoder, both standardized
 over the query's pool and added. On the quickstart's human dev queries the sum ranks better than either alone: nDCG@10
 0.636, where the encoder has 0.584 and the likelihood under a model of 270M parameters 0.530.
 """
@@ -27,7 +27,7 @@ from lce_trainer.synthesis.judges import ChoiceJudge, Judge, LikelihoodJudge, Pa
 from lce_trainer.synthesis.llm.protocol import LLM, Each
 from lce_trainer.synthesis.prompts import Prompt
 from lce_trainer.synthesis.queries import plan_batches
-from lce_trainer.synthesis.retrieval.dense import DenseIndex
+from lce_trainer.synthesis.retrieval.dense import DenseIndex, Encoder
 from lce_trainer.synthesis.shortcut import auc, shortcut_probe, word_counts
 
 logger = logging.getLogger(__name__)
@@ -64,10 +64,15 @@ class LabelConfig:
         "likelihood",
         "likelihood: how well the passage explains the query, for small models; verdict: yes or no, grade: 0 to 3, and "
         "pairwise: which of two passages is better, for strong ones; reranker: a cross-encoder, named by "
-        "label.reranker; encoder: mine.encoder alone, which costs no call of an LLM: for soft labels of many queries, "
+        "label.reranker; encoder: the encoder alone, which costs no call of an LLM: for soft labels of many queries, "
         "before training goes on with judged ones.",
     )
     reranker: str | None = option(None, "The reranker that judges: Hub id or folder.")
+    encoder: str | None = option(
+        None,
+        "The encoder whose cosines are in the soft labels, if not that of mine.encoder: Hub id or folder of a "
+        "sentence-transformers model. A stronger and slower one teaches what a first stage cannot afford.",
+    )
     opponents: int = option(
         4,
         "pairwise: other candidates of its query that each candidate is compared with, an even number; of fewer, all. "
@@ -85,7 +90,7 @@ class LabelConfig:
     max_passage_words: int = option(120, "Words of the passage shown to the judge.")
     judge_weight: float | Literal["auto"] = option(
         0.6,
-        "Weight of the judge in the soft labels beside the encoder of mine.encoder, which has weight 1; both are "
+        "Weight of the judge in the soft labels beside the encoder, which has weight 1; both are "
         "standardized over the query's pool. Without an encoder the judge is alone. auto: of 0 to 1.5 the weight that "
         "ranks the source passages of a tenth of the documents highest in their pools (MRR). The LLM wrote each query "
         "from its source passage, which a judge by the same LLM therefore finds too easily: auto leans to a high "
@@ -178,7 +183,7 @@ def label_candidates(
     candidates: datasets.Dataset,
     passages: datasets.Dataset,
     judge: Judge | PairwiseJudge | None,
-    dense: DenseIndex | None,
+    encoder: DenseIndex | Encoder | None,
     config: LabelConfig,
     seed: int,
     journal: Journal,
@@ -189,7 +194,8 @@ def label_candidates(
         candidates: The candidates artifact.
         passages: The passages artifact that it was made from.
         judge: Scores pairs; None where the encoder's cosines are the judgment, and the teacher.
-        dense: The passages' vectors, whose cosines are half of the teacher; None leaves the judge alone.
+        encoder: Gives the cosines that are half of the teacher: the first stage's index of ``passages``, or another
+            encoder, which embeds what is judged. None leaves the judge alone.
         config: How many candidates, the teacher's weight, the thresholds.
         seed: Seeds the draw of candidates and the order of the work.
         journal: Where the judge's answers are kept.
@@ -204,17 +210,21 @@ def label_candidates(
         LabelError: A passage is not among ``passages``, a score is not finite, there is neither judge nor encoder, or
             no group is left.
     """
-    if judge is None and dense is None:
+    if judge is None and encoder is None:
         raise LabelError(
-            "label.judge=encoder needs an encoder, and the first stage has none: set mine.encoder to a "
-            "sentence-transformers model, and mine.retrievers to dense or hybrid"
+            "label.judge=encoder needs an encoder: set label.encoder to a sentence-transformers model, or mine.encoder "
+            "to one and mine.retrievers to dense or hybrid"
         )
     if not len(candidates):
         raise LabelError("there are no candidates to judge: no query was written, or none was mined for")
     pool = _draw_pool(candidates, passages, config, seed)
     order = np.random.default_rng(seed).permutation(len(pool.queries))
     pairs = [(pool.queries[q], pool.texts[p]) for q, p in zip(pool.query, pool.passage, strict=True)]
-    cosines = None if dense is None else dense.similarity(pool.queries, pool.query, pool.rows[pool.passage])
+    cosines: np.ndarray | None = None
+    if isinstance(encoder, Encoder):
+        cosines = encoder.similarity(pairs)
+    elif encoder is not None:
+        cosines = encoder.similarity(pool.queries, pool.query, pool.rows[pool.passage])
     if judge is None:
         assert cosines is not None
         scores = scaled = cosines.astype(np.float64)

@@ -13,7 +13,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from transformers import BertConfig, BertModel
 
 from helpers.hub_client import TOKEN
 from helpers.hub_server import HubServer, metadata_errors
@@ -24,6 +26,7 @@ from lce_trainer.errors import ArtifactError, ConfigError
 from lce_trainer.hub.contents import Repo
 from lce_trainer.pipeline.facts import _language, gather_facts, repos
 from lce_trainer.pipeline.run import Run, open_run
+from lce_trainer.synthesis.retrieval.dense import Encoder
 
 ALL = ("passages", "queries", "candidates", "groups", "model", "evaluation")
 NAMES = ("publish.model_id=user/fish", "publish.dataset_id=user/fish-groups")
@@ -267,7 +270,26 @@ def test_a_dataset_that_no_llm_judged_names_who_did(tmp_path, capsys):
         assert f"Judge: encoder (`{encoder}`)" in text and f"written by `{llm}`" in text
         assert "judge weight" not in text and "opponents" not in text
     assert main(["run", str(recipe), *settings, "mine.encoder=null"]) != 0
-    assert "label.judge=encoder needs mine.encoder" in capsys.readouterr().err
+    assert "label.judge=encoder needs label.encoder, or mine.encoder" in capsys.readouterr().err
+
+
+def test_another_encoder_than_the_first_stage_s_can_be_the_teacher(tmp_path):
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    teacher = shutil.copytree(tmp_path / "encoder", tmp_path / "teacher")
+    torch.manual_seed(1)
+    BertModel(BertConfig.from_pretrained(teacher)).save_pretrained(teacher)
+    settings = ["label.judge=encoder", f"mine.encoder={tmp_path / 'encoder'}", f"label.encoder={teacher}"]
+    settings += ["label.false_negatives=keep", "train.max_steps=1", "generate.queries=20", *NAMES]
+    assert main(["run", str(recipe), *settings]) == 0
+    groups, candidates = read_manifest(run / "groups"), read_manifest(run / "candidates")
+    assert groups.config["encoder"] == groups.facts["judge_model"] != candidates.config["encoder"]
+    assert f"Judge: encoder (`{groups.facts['judge_model']}`)" in card(repos(open_run(recipe, settings))[0])
+    tables = {name: open_run(recipe, settings).table(name) for name in ("queries", "passages")}
+    query = dict(zip(tables["queries"]["query_id"], tables["queries"]["query"], strict=True))
+    passage = dict(zip(tables["passages"]["passage_id"], tables["passages"]["text"], strict=True))
+    judged = pq.read_table(run / "groups" / "judged.parquet").to_pylist()
+    pairs = [(query[row["query_id"]], passage[row["passage_id"]]) for row in judged]
+    assert [row["cosine"] for row in judged] == pytest.approx(Encoder(str(teacher)).similarity(pairs), abs=1e-3)
 
 
 def test_nothing_that_is_uploaded_names_a_path_of_the_machine(tmp_path):
