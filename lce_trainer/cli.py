@@ -54,6 +54,14 @@ examples:
   lce-trainer init docs/
   lce-trainer init tickets.csv corpus.text_column=body --output tickets.yaml
 """
+_JUDGES_EPILOG = """\
+Label 50 to 100 pairs: a file of rows of query, passage and label, above 0 where the passage answers the query. Without
+--pairs they are made from evaluate.dev_queries: each query's passage, and others that the first stage brings.
+
+examples:
+  lce-trainer judges recipe.yaml --pairs labelled.csv
+  lce-trainer judges recipe.yaml --judge verdict --judge reranker label.reranker=BAAI/bge-reranker-base
+"""
 _CONFIG_EPILOG = """\
 examples:
   lce-trainer config                     every section
@@ -157,6 +165,22 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--include-passages", action="store_true", help="publish the corpus' passages without a licence too"
             )
+    judges = add("judges", "compare judges on pairs that people have labelled", f"{_JUDGES_EPILOG}\n{_EPILOG}")
+    judges.add_argument("recipe", type=Path, help="the recipe, a YAML file")
+    judges.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
+    judges.add_argument("--pairs", metavar="FILE", help="labelled pairs, a file of rows of query, passage and label")
+    judges.add_argument(
+        "--judge",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="verdict, grade, likelihood, pairwise, reranker (label.reranker) or encoder (mine.encoder); repeat it for "
+        "several (all that can be had)",
+    )
+    judges.add_argument("--limit", type=int, default=100, metavar="N", help="pairs at most, drawn by the seed (100)")
+    judges.add_argument(
+        "--no-wait", action="store_true", help="fail if another command works in the run folder, do not wait for it"
+    )
     convert = add("convert", "write a reranker as a plain checkpoint, without training", _CONVERT_EPILOG)
     convert.add_argument("source", help="a Hub id or folder: a modular CrossEncoder, or adapters with their base")
     convert.add_argument("folder", type=Path, help="the folder to write, new or empty")
@@ -209,6 +233,9 @@ def _run(arguments: argparse.Namespace) -> int:
             print(_inspect(run, arguments.groups))
             return 0
         with writing(run.root), run.held(wait=not arguments.no_wait):
+            if arguments.command == "judges":
+                print(_judges(run, arguments))
+                return 0
             return _run_stages(arguments, run)
 
 
@@ -217,6 +244,14 @@ def _inspect(run: "Run", count: int) -> str:
     from lce_trainer.pipeline.report import describe_groups, sample_groups
 
     return describe_groups(sample_groups(run, count), max(shutil.get_terminal_size((100, 24)).columns, 40))
+
+
+def _judges(run: "Run", arguments: argparse.Namespace) -> str:
+    """Compare judges and return the tables."""
+    from lce_trainer.pipeline.judges import RESULT, compare_judges, describe_judges
+
+    found = compare_judges(run, arguments.pairs, arguments.judge, arguments.limit)
+    return f"{describe_judges(found)}\n\nJSON: {run.root / RESULT}"
 
 
 def _describe(wanted: str | None) -> str:

@@ -26,7 +26,7 @@ from lce_trainer.pipeline.reference import recipe_sections
 from lce_trainer.pipeline.run import open_run
 from lce_trainer.training.arguments import LCETrainingArguments
 
-COMMANDS = ("generate", "mine", "label", "train", "evaluate", "run", "publish", "inspect")
+COMMANDS = ("generate", "mine", "label", "train", "evaluate", "run", "publish", "inspect", "judges")
 
 
 @pytest.fixture(scope="module")

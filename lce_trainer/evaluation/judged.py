@@ -1,4 +1,4 @@
-"""Human judgments: queries with the documents that answer them, and candidates with graded judgments."""
+"""Human judgments: queries with the documents that answer them, graded candidates, and labelled pairs."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -6,17 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from lce_trainer.errors import EvaluationError
 from lce_trainer.files import (
+    LABELS,
     PASSAGE_IDS,
     QUERIES,
     QUERY_IDS,
     TEXTS,
     Rows,
     by_name,
+    column_of,
     find_column,
+    numbers_of,
     read_rows,
     texts_of,
     with_titles,
@@ -51,6 +55,21 @@ class Judged:
     pools: list[list[tuple[str, str]]]
     run: dict[str, dict[str, float]]
     qrels: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class LabelledPairs:
+    """Pairs of a query and a passage that people have labelled.
+
+    Attributes:
+        queries: The query of each.
+        passages: The passage of each.
+        relevant: True where the passage answers the query, shape ``(pairs,)``.
+    """
+
+    queries: list[str]
+    passages: list[str]
+    relevant: np.ndarray
 
 
 def read_queries(path: Path) -> list[Query]:
@@ -177,6 +196,38 @@ def read_judged(candidates_path: Path, qrels_path: Path) -> Judged:
         run=run,
         qrels=qrels,
     )
+
+
+def read_pairs(path: Path) -> LabelledPairs:
+    """Read pairs of a query and a passage with a label.
+
+    Args:
+        path: A file of rows (``.jsonl``, ``.parquet``, ``.csv``, …) of ``query``, ``passage`` and ``label`` (or what
+            else such columns are called), a label above 0 where the passage answers the query. A ``title`` stands
+            before its passage. A pair that stands twice counts once.
+
+    Raises:
+        EvaluationError: Names the file, and the row where one cannot be used; a pair has two labels, or all pairs
+            have the same.
+    """
+    rows = _read(path)
+    names = (QUERIES, ("passage", *TEXTS))
+    texts = [_values(rows, some) for some in names]
+    if (title := find_column(rows.table, ("title",))) is not None:
+        passages = texts_of(column_of(rows.table, names[1], str(path)), str(path), EvaluationError)
+        texts[1] = with_titles(passages, texts_of(rows.table[title], str(path), EvaluationError)).to_pylist()
+    column = column_of(rows.table, LABELS, str(path), EvaluationError)
+    labels = numbers_of(column, f"{path}: label", EvaluationError, rows.numbers)
+    found: dict[tuple[str, str], bool] = {}
+    for row, (query, passage, label) in enumerate(zip(*texts, labels.tolist(), strict=True)):
+        pair = (_text(query, rows, row, "query"), _text(passage, rows, row, "passage"))
+        if found.setdefault(pair, label > 0) != (label > 0):
+            raise EvaluationError(f"{rows.at(row)}: the pair was given before with another label: keep one of the two")
+    relevant = np.array(list(found.values()), dtype=bool)
+    if relevant.all() or not relevant.any():
+        kind = "above 0" if relevant.all() else "0 or below"
+        raise EvaluationError(f"{path}: all {len(relevant)} labels are {kind}: there must be both kinds to compare")
+    return LabelledPairs([query for query, _ in found], [passage for _, passage in found], relevant)
 
 
 _QUERY_IDS = tuple(name for name in QUERY_IDS if name != "anchor_id")

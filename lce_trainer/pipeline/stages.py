@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 _HOW_IT_RUNS = ("endpoint", "concurrency", "timeout", "retries", "batch_tokens", "patience", "price", "budget")
 _SAMPLE = 16  # calls that a dry run answers for its quote
 _JUDGED_DEV_QUERIES = 40
-_WITHOUT_PROMPT = ("reranker", "encoder")  # judges that are no language models
+WITHOUT_PROMPT = ("reranker", "encoder")  # judges that are no language models
 
 
 def check(run: Run) -> None:
@@ -60,13 +60,13 @@ def check(run: Run) -> None:
     if recipe.train.groups is None:
         run.prompt(recipe.generate.prompt)
         check_prices(recipe.llm.price, recipe.llm.budget)
-        judged_by_llm = recipe.label.judge not in _WITHOUT_PROMPT
+        judged_by_llm = recipe.label.judge not in WITHOUT_PROMPT
         if judged_by_llm:
-            run.prompt(_judge_prompt(recipe.label))
+            run.prompt(judge_prompt(recipe.label))
         if not all((run.root / name / MANIFEST).is_file() for name in ("queries", "groups")):
             run.llm.check("complete")
             if judged_by_llm:
-                run.llm.check(_needs(recipe.label))
+                run.llm.check(needs_of(recipe.label))
     for queries in filter(None, (judged.queries, judged.dev_queries)):
         read_queries(run.find(queries))
     for path in filter(None, (judged.candidates, judged.qrels)):
@@ -153,13 +153,13 @@ def label(run: Run, dry_run: bool = False) -> None:
         QuoteReadyError: In a dry run, once a sample is judged, unless the groups are made already.
     """
     config = run.recipe.label
-    prompt = run.prompt(_judge_prompt(config)) if config.judge not in _WITHOUT_PROMPT else None
+    prompt = run.prompt(judge_prompt(config)) if config.judge not in WITHOUT_PROMPT else None
     by_llm = {} if prompt is None else {"prompt_digest": prompt.digest, **_llm_shape(run, "groups")}
     teacher = Encoder(config.encoder) if config.encoder is not None else None
 
     def work() -> Made:
         if prompt is not None:
-            run.llm.check(_needs(config))
+            run.llm.check(needs_of(config))
         elif dry_run:
             raise QuoteReadyError(f"the judge is the {config.judge}, which runs here: it costs no tokens")
         judge = load_judge(config, run.llm, prompt)
@@ -243,7 +243,8 @@ def publish(
     )
 
 
-def _judge_prompt(config: LabelConfig) -> str:
+def judge_prompt(config: LabelConfig) -> str:
+    """Return the name or path of the judge's prompt."""
     return config.prompt or config.judge
 
 
@@ -267,8 +268,8 @@ def _llm_shape(run: Run, name: str) -> dict[str, Any]:
     return {**shaping, "llm_model": run.llm.name, "llm_identity": run.llm.identity}
 
 
-def _needs(config: LabelConfig) -> Need:
-    """What a judge needs of the language model."""
+def needs_of(config: LabelConfig) -> Need:
+    """Return what a judge needs of the language model."""
     return "score" if config.judge == "likelihood" else "choose"
 
 

@@ -229,7 +229,7 @@ def label_candidates(
         assert cosines is not None
         scores = scaled = cosines.astype(np.float64)
     else:
-        scores = _judge(pairs, pool.query, judge, journal, np.argsort(order), seed)
+        scores = ask_judge(pairs, pool.query, judge, journal, np.argsort(order), seed)
         scaled = judge.scale(scores)
     # Without an encoder the judge is alone, and its weight says nothing.
     weight = 1.0 if isinstance(config.judge_weight, str) else config.judge_weight
@@ -289,7 +289,7 @@ def check_judge(human: datasets.Dataset, judge: Judge | PairwiseJudge, journal: 
     answers = np.concatenate([np.asarray(row["labels"]) > 0 for row in rows])
     sizes = [len(row["labels"]) for row in rows]
     query = np.repeat(np.arange(len(rows)), sizes)
-    scores = _judge(pairs, query, judge, journal, np.arange(len(rows)), seed=0)
+    scores = ask_judge(pairs, query, judge, journal, np.arange(len(rows)), seed=0)
     worst = np.where(np.isnan(scores), -np.inf, scores)
     return {
         "pairs": len(pairs),
@@ -302,7 +302,7 @@ def check_judge(human: datasets.Dataset, judge: Judge | PairwiseJudge, journal: 
     }
 
 
-def _judge(
+def ask_judge(
     pairs: Sequence[tuple[str, str]],
     query: np.ndarray,
     judge: Judge | PairwiseJudge,
