@@ -243,7 +243,7 @@ def _rerank(run: Run, model: str | Path, judged: _Judged) -> dict[str, dict[str,
 
 def _in_domain(run: Run, path: str, limit: int | None, top_k: int | None = None) -> tuple[_Judged, dict[str, int]]:
     """Human queries over the recipe's own passages."""
-    queries = _human_queries(run, path, limit)
+    queries = human_queries(run, path, limit)
     passages = run.table("passages")
     qrels, counts = judgments(queries, set(passages.unique("doc_id")))
     texts = [query.query for query in queries]
@@ -312,7 +312,7 @@ def _near_duplicates(model: Manifest, comparison: str) -> str:
     return f"{what[0].upper()}{what[1:]} a near-duplicate of one of these."
 
 
-def _human_queries(run: Run, path: str, limit: int | None) -> list[Query]:
+def human_queries(run: Run, path: str, limit: int | None) -> list[Query]:
     """Judged queries, their answers renamed to the documents that duplicates were merged into."""
     kept_as: Mapping[str, str] = run.manifest("passages").facts["merged"]
     return [

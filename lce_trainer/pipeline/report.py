@@ -97,6 +97,8 @@ def render_report(run: Run) -> str:
         human=facts.get("judge_on_human_labels", {}),
         shortcuts={name: value for name, value in facts.get("shortcut_auc", {}).items() if value == value},
         counts=[(_STAGES[name], *_counts(manifests[name])) for name in _STAGES if name in manifests],
+        gauge=manifests["queries"].facts.get("gauge") if "queries" in manifests else None,
+        dropped=manifests["queries"].facts.get("dropped", {}) if "queries" in manifests else {},
         groups=groups,
         negatives_shown=_NEGATIVES,
         libraries=_libraries(manifests),

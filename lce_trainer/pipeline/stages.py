@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lce_trainer.artifacts import MANIFEST
-from lce_trainer.errors import ConfigError
+from lce_trainer.errors import ConfigError, LLMError
 from lce_trainer.evaluation.judged import read_queries
 from lce_trainer.hub.publish import Published
 from lce_trainer.hub.publish import publish as upload
@@ -22,6 +22,7 @@ from lce_trainer.pipeline.evaluate import (
     dev_groups,
     evaluate_systems,
     first_stage_shape,
+    human_queries,
     is_judged,
     measured_queries,
 )
@@ -31,11 +32,14 @@ from lce_trainer.pipeline.train import check_training, train_reranker
 from lce_trainer.synthesis import cost
 from lce_trainer.synthesis.corpus import build_passages
 from lce_trainer.synthesis.cost import Meter, QuoteReadyError, check_prices
+from lce_trainer.synthesis.examples import Example, check_not_evaluated, find_passages, read_examples
+from lce_trainer.synthesis.gauge import Sourced, describe_gauge, gauge
 from lce_trainer.synthesis.journal import Journal
+from lce_trainer.synthesis.judges import ChoiceJudge, Judge, LikelihoodJudge
 from lce_trainer.synthesis.labeling import LabelConfig, check_judge, label_candidates, load_judge
 from lce_trainer.synthesis.llm.endpoint import EndpointLLM
 from lce_trainer.synthesis.llm.protocol import Need
-from lce_trainer.synthesis.queries import GenerateConfig, generate_queries
+from lce_trainer.synthesis.queries import GenerateConfig, check_styles, generate_queries, prompt_name
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
 from lce_trainer.synthesis.retrieval.dense import DenseIndex, Encoder
 from lce_trainer.synthesis.retrieval.mining import mine_candidates
@@ -47,6 +51,8 @@ logger = logging.getLogger(__name__)
 _HOW_IT_RUNS = ("endpoint", "concurrency", "timeout", "retries", "batch_tokens", "patience", "price", "budget")
 _SAMPLE = 16  # calls that a dry run answers for its quote
 _JUDGED_DEV_QUERIES = 40
+# Where the queries of each comparison come from.
+_MEASURED = {"in_domain": "evaluate.queries", "dev": "evaluate.dev_queries", "out_of_domain": "evaluate.candidates"}
 WITHOUT_PROMPT = ("reranker", "encoder")  # judges that are no language models
 
 
@@ -58,13 +64,13 @@ def check(run: Run) -> None:
     """
     recipe, judged = run.recipe, run.recipe.evaluate
     if recipe.train.groups is None:
-        run.prompt(recipe.generate.prompt)
+        _check_generate(run)
         check_prices(recipe.llm.price, recipe.llm.budget)
         judged_by_llm = recipe.label.judge not in WITHOUT_PROMPT
         if judged_by_llm:
             run.prompt(judge_prompt(recipe.label))
         if not all((run.root / name / MANIFEST).is_file() for name in ("queries", "groups")):
-            run.llm.check("complete")
+            _probe(run)
             if judged_by_llm:
                 run.llm.check(needs_of(recipe.label))
     for queries in filter(None, (judged.queries, judged.dev_queries)):
@@ -74,6 +80,8 @@ def check(run: Run) -> None:
             raise ConfigError(f"no file {path!r}, here or beside the recipe")
     if judged.candidates is not None and judged.qrels is None:
         raise ConfigError("evaluate.candidates needs evaluate.qrels, its judgments")
+    if recipe.train.groups is None:
+        _check_examples(run)
     dense = recipe.mine.encoder is not None and "dense" in recipe.mine.retrievers
     teacher = recipe.label.encoder
     if recipe.train.groups is None and recipe.label.judge == "encoder" and not dense and teacher is None:
@@ -114,21 +122,47 @@ def generate(run: Run, dry_run: bool = False) -> None:
     """
     read_corpus(run)
     config = run.recipe.generate
-    prompt = run.prompt(config.prompt)
+    examples = _example_queries(run)
+    prompt = run.prompt(prompt_name(config, examples))
 
     def work() -> Made:
-        run.llm.check("complete")
+        _check_generate(run)
+        _check_examples(run)
+        _probe(run)
+        passages = run.table("passages")
+        own = _own_queries(run)
         with Journal(run.root / "queries" / "journal.jsonl") as journal:
             journal.meter = _meter(run, journal, "queries", dry_run)
-            queries, counts = generate_queries(
-                run.table("passages"), run.llm, prompt, config, run.recipe.seed, journal, run.first_stage
-            )
-            paid = _cost(run, journal, counts["kept"], "query")
-        return {"train": queries}, counts, {"prompt": prompt.source, "llm": run.llm.name, "cost": paid}
+            try:
+                queries, counts, facts = generate_queries(
+                    passages,
+                    run.llm,
+                    prompt,
+                    config,
+                    run.recipe.seed,
+                    journal,
+                    run.first_stage,
+                    examples=find_passages(examples, passages),
+                    own=own,
+                    **_filter_judges(run),
+                )
+            except QuoteReadyError as quote:
+                raise QuoteReadyError(f"{quote}{_not_quoted(config)}") from None
+            facts["cost"] = _cost(run, journal, counts["kept"], "query")
+        texts = dict(zip(passages["passage_id"][:], passages["text"][:], strict=True))
+        pairs = zip(queries["query"][:], queries["source_passage_id"][:], strict=True)
+        facts["gauge"] = gauge(own, [Sourced(query, [texts[source]]) for query, source in pairs], run.recipe.seed)
+        logger.info("queries: %s", describe_gauge(facts["gauge"]))
+        return {"train": queries}, counts, {"prompt": prompt.source, "llm": run.llm.name, **facts}
 
+    fitted_to = run.recipe.evaluate.dev_queries if config.styles == "auto" else None
     shape = {
-        **_prompted(config),
+        **asdict(config),
+        "prompt": Path(prompt_name(config, examples)).name,
+        "example_queries": config.example_queries and Path(config.example_queries).name,
+        "contents": list(run.contents((config.example_queries, fitted_to)).values()),
         "prompt_digest": prompt.digest,
+        **{f"{name}_prompt_digest": run.prompt(name).digest for name in _filter_judges(run)},
         **_llm_shape(run, "queries"),
         **first_stage_shape(run),
     }
@@ -243,12 +277,89 @@ def publish(
     )
 
 
+def _check_generate(run: Run) -> None:
+    """Check how queries are to be written."""
+    config, examples = run.recipe.generate, _example_queries(run)
+    check_styles(config, run.prompt(prompt_name(config, examples)), examples)
+    if config.styles == "auto" and run.recipe.evaluate.dev_queries is None:
+        raise ConfigError(
+            "generate.styles=auto fits the mix of styles to evaluate.dev_queries, and the recipe names none: give "
+            "weights, such as {keyword: 1, question: 1}"
+        )
+
+
+def _check_examples(run: Run) -> None:
+    """Check that no few-shot example is a query that is measured on."""
+    given = [(item["query"], "generate.examples") for item in run.recipe.generate.examples if "query" in item]
+    given += [(example.query, example.at) for example in _example_queries(run)]
+    if given:
+        measured = measured_queries(run)
+        check_not_evaluated(given, {_MEASURED[name]: queries for name, queries in measured.items()})
+
+
+def _probe(run: Run) -> None:
+    """Find out whether the language model can do all that writing and filtering queries needs of it."""
+    config = run.recipe.generate
+    run.llm.check("complete")
+    needs: dict[str, Need] = {"min_gain": "score", "min_answerable": "choose"}
+    for setting, need in needs.items():
+        if getattr(config, setting) is not None:
+            try:
+                run.llm.check(need)
+            except LLMError as error:
+                raise LLMError(f"generate.{setting}: {error}") from None
+
+
+def _filter_judges(run: Run) -> dict[str, Judge]:
+    """Return the judges that filter queries, by name."""
+    config = run.recipe.generate
+    judges: dict[str, Judge] = {}
+    if config.min_gain is not None:
+        judges["likelihood"] = LikelihoodJudge(run.llm, run.prompt("likelihood"), [], config.max_passage_words)
+    if config.min_answerable is not None:
+        # Its probability of yes is compared with generate.min_answerable: it decides nothing itself.
+        judges["verdict"] = ChoiceJudge("verdict", run.llm, run.prompt("verdict"), [], config.max_passage_words, 1, 0)
+    return judges
+
+
+def _not_quoted(config: GenerateConfig) -> str:
+    """Return what a dry run's quote leaves out: how many queries reach the last filters is not known before."""
+    calls = {"min_gain": "two more calls", "min_answerable": "one more call"}
+    parts = [f"generate.{name} {text}" for name, text in calls.items() if getattr(config, name) is not None]
+    return f"; not counted: {' and '.join(parts)} for each query that reaches it" if parts else ""
+
+
+def _example_queries(run: Run) -> list[Example]:
+    path = run.recipe.generate.example_queries
+    if path is None:
+        return []
+    if not run.find(path).exists():
+        raise ConfigError(f"generate.example_queries: no file {path!r}, here or beside the recipe")
+    return read_examples(run.find(path))
+
+
+def _own_queries(run: Run) -> list[Sourced]:
+    """Return the dev queries with the passages that answer them; never those of the test."""
+    path = run.recipe.evaluate.dev_queries
+    if path is None:
+        return []
+    passages = run.table("passages")
+    queries = human_queries(run, path, None)
+    of_document: dict[str, list[str]] = {doc_id: [] for query in queries for doc_id in query.doc_ids}
+    for doc_id, text in zip(passages["doc_id"][:], passages["text"][:], strict=True):
+        if doc_id in of_document:
+            of_document[doc_id].append(text)
+    return [
+        Sourced(query.query, [text for doc_id in query.doc_ids for text in of_document[doc_id]]) for query in queries
+    ]
+
+
 def judge_prompt(config: LabelConfig) -> str:
     """Return the name or path of the judge's prompt."""
     return config.prompt or config.judge
 
 
-def _prompted(config: GenerateConfig | LabelConfig) -> dict[str, Any]:
+def _prompted(config: LabelConfig) -> dict[str, Any]:
     """The settings of a stage; of its prompt the name, and no path: what it holds is in the digest."""
     return {**asdict(config), "prompt": config.prompt and Path(config.prompt).name}
 

@@ -41,6 +41,7 @@ def ask(
     batches: Sequence[Sequence[int]],
     call: Callable[[Sequence[int], Callable[[int, Any], None]], Sequence[Any]],
     desc: str,
+    later: int = 0,
 ) -> list[Any]:
     """The answer to every key: from the journal where it is known, else from ``call``.
 
@@ -56,6 +57,7 @@ def ask(
         call: Asks for some indices; returns one JSON-able answer for each, in order. Its second argument is to be
             called with the place and the answer of each that comes alone, before the others.
         desc: Label of the progress bar.
+        later: Calls of the same kind that come after these, which the quote of a dry run includes.
 
     Returns:
         Answers in the order of ``keys``.
@@ -92,7 +94,7 @@ def ask(
                 journal.append(together if meter is None else {**together, **meter.used()})
                 if meter is not None and meter.samples:
                     answered = sum(key in journal for key in set(keys))
-                    meter.after(answered, len(set(keys)) - answered)
+                    meter.after(answered, len(set(keys)) - answered + later)
             progress.update(len(batch) - alone)
     return [journal[key] for key in keys]
 

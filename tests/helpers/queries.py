@@ -29,15 +29,15 @@ def plan(passages, answer=lambda i: [f"what is topic{i}", f"where does topic{i} 
     return {prompt: answer(i) for i, prompt in enumerate(prompts)}
 
 
-def generate(folder, passages, llm, config, seed=5, prompt=PROMPT):
+def generate(folder, passages, llm, config, seed=5, prompt=PROMPT, **more):
     first_stage = FirstStage(len(passages), BM25Index.build(passages, folder / "bm25"), None)
     with Journal(folder / "journal.jsonl") as journal:
-        return generate_queries(passages, llm, prompt, config, seed, journal, first_stage)
+        return generate_queries(passages, llm, prompt, config, seed, journal, first_stage, **more)
 
 
 def generate_file(folder: Path, kill_after: int | None) -> None:
     """What the killed process runs, too."""
     passages = build_passages()
     llm = FakeLLM(completions=plan(passages), kill_after=kill_after, log=folder / "asked.jsonl")
-    queries, _ = generate(folder, passages, llm, GenerateConfig(queries=200, per_passage=2))
+    queries, *_ = generate(folder, passages, llm, GenerateConfig(queries=200, per_passage=2))
     queries.to_parquet(folder / "queries.parquet")

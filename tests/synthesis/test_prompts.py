@@ -85,7 +85,7 @@ def test_a_path_is_found_as_written_and_then_beside_the_recipe(tmp_path, monkeyp
 
 
 def test_an_unknown_prompt_is_answered_with_the_known_ones(tmp_path):
-    with pytest.raises(PromptError, match="likelihood, pairwise, query, verdict"):
+    with pytest.raises(PromptError, match="likelihood, pairwise, query, styled, verdict"):
         load_prompt("querry")
     with pytest.raises(PromptError, match=r"no prompt at .*gone\.jinja: No such file"):
         load_prompt(str(tmp_path / "gone.jinja"))

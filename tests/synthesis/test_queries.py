@@ -25,7 +25,7 @@ from lce_trainer.synthesis.retrieval.hybrid import FirstStage
 
 def test_each_query_names_its_source_prompt_and_model(tmp_path):
     passages = build_passages(20)
-    queries, counts = generate(tmp_path, passages, FakeLLM(completions=plan(passages)), GenerateConfig(queries=20))
+    queries, counts, _ = generate(tmp_path, passages, FakeLLM(completions=plan(passages)), GenerateConfig(queries=20))
     assert queries.features == QUERIES_FEATURES
     assert counts["asked"] == counts["kept"] == len(queries) == 20
     assert len(set(queries["query_id"])) == 20
@@ -59,9 +59,9 @@ def test_killed_generation_resumes_to_the_same_bytes(tmp_path):
 
 def test_more_queries_go_on_where_fewer_ended(tmp_path):
     passages = build_passages()
-    few, _ = generate(tmp_path, passages, FakeLLM(completions=plan(passages)), GenerateConfig(queries=70))
+    few, *_ = generate(tmp_path, passages, FakeLLM(completions=plan(passages)), GenerateConfig(queries=70))
     llm = FakeLLM(completions=plan(passages))
-    more, _ = generate(tmp_path, passages, llm, GenerateConfig(queries=200))
+    more, *_ = generate(tmp_path, passages, llm, GenerateConfig(queries=200))
     assert len(llm.asked) == 130
     assert more.select(range(len(few))).to_list() == few.to_list()
 
@@ -74,7 +74,9 @@ def test_sources_are_drawn_uniformly(tmp_path):
     for seed in range(30):
         with Journal(tmp_path / f"{seed}.jsonl") as journal:
             llm = FakeLLM(completions=plan(passages))
-            queries, _ = generate_queries(passages, llm, PROMPT, GenerateConfig(queries=50), seed, journal, first_stage)
+            queries, *_ = generate_queries(
+                passages, llm, PROMPT, GenerateConfig(queries=50), seed, journal, first_stage
+            )
         assert len(set(queries["source_passage_id"])) == 50
         means.append(np.mean([lengths[key] for key in queries["source_passage_id"]]))
     values = np.array(list(lengths.values()))
@@ -206,7 +208,7 @@ def test_every_reason_to_drop_is_counted(tmp_path):
     prompts = {prompt.render(passage=one, examples=[]): [answers[i]] for i, one in enumerate(text)}
     # Query 8 duplicates query 0 but leads to passage 0 only, so the round trip has to be off to see it.
     config = GenerateConfig(queries=9, max_copied_words=5, roundtrip_k=0)
-    _, counts = generate(tmp_path, passages, FakeLLM(completions=prompts), config, prompt=prompt)
+    _, counts, _ = generate(tmp_path, passages, FakeLLM(completions=prompts), config, prompt=prompt)
     assert counts == {
         "asked": 9,
         "kept": 2,
@@ -220,7 +222,7 @@ def test_every_reason_to_drop_is_counted(tmp_path):
         "dropped_duplicate": 1,
     }
     config = GenerateConfig(queries=9, max_copied_words=5, roundtrip_k=1)
-    queries, counts = generate(tmp_path, passages, FakeLLM(completions=prompts), config, prompt=prompt)
+    queries, counts, _ = generate(tmp_path, passages, FakeLLM(completions=prompts), config, prompt=prompt)
     assert queries["query"][:] == ["what is topic0"]
     assert counts["dropped_roundtrip"] == 2
     assert sum(counts.values()) == 2 * counts["asked"]
@@ -231,7 +233,7 @@ def test_copying_as_many_words_as_allowed_is_kept(tmp_path):
     config = GenerateConfig(queries=6, max_copied_words=5, roundtrip_k=0)
     copies = plan(passages, lambda i: [" ".join(passages["text"][i].split()[: 5 if i % 2 else 6]).upper()])
     long = sum(i % 2 == 0 and len(text.split()) > 5 for i, text in enumerate(passages["text"]))
-    _, counts = generate(tmp_path, passages, FakeLLM(completions=copies), config)
+    _, counts, _ = generate(tmp_path, passages, FakeLLM(completions=copies), config)
     assert counts["dropped_copied"] == long > 0
     assert counts["kept"] == 6 - long
 
@@ -244,7 +246,7 @@ def test_an_example_of_the_users_that_comes_back_is_an_echo(tmp_path):
         for i, text in enumerate(passages["text"])
     }
     config = GenerateConfig(queries=4, examples=examples, roundtrip_k=0)
-    _, counts = generate(tmp_path, passages, FakeLLM(completions=prompts), config)
+    _, counts, _ = generate(tmp_path, passages, FakeLLM(completions=prompts), config)
     assert (counts["kept"], counts["dropped_echo"]) == (1, 3)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lce_trainer.errors import PromptError
@@ -84,6 +85,13 @@ class Prompt:
         """SHA-256 of the source, that of the chat included, 16 hex digits."""
         both = self.source if self.chat_source is None else f"{self.source}\0{self.chat_source}"
         return hashlib.sha256(both.encode()).hexdigest()[:16]
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names of the variables that the template uses, and its ``.chat.jinja`` as well where there is one."""
+        sources = [self.source] if self.chat_source is None else [self.source, self.chat_source]
+        names = [jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(source)) for source in sources]
+        return frozenset(set.intersection(*names))
 
     def render(self, **variables: Any) -> Rendered:
         """The prompt's text; the file's last newline is not part of it.
