@@ -1,8 +1,8 @@
-"""The crash-safe record of every answer a language model gave, and the loop that asks for the rest.
+"""The crash-safe record of every answer a language model gave, and the loop that gets the rest.
 
 A line of JSON is a record: ``{"sha256": digest of the answers, "answers": {key: answer}}``. Answers that are
 computed together are one record, since each may depend in its last bits on the others; a server's are recorded one
-by one, as they come. A record is written before the next is asked for, so a killed run loses at most the calls in
+by one, as they come. A record is written before the next call, so a killed run loses at most the calls in
 flight, and half a line at the end of the file, which the next run drops.
 """
 
@@ -35,7 +35,7 @@ _SYNC_SECONDS = 1.0
 _HEAD = b'{"sha256": "0123456789abcdef", "answers": '
 
 
-def ask(
+def answer_all(
     journal: "Journal",
     keys: Sequence[str],
     batches: Sequence[Sequence[int]],
@@ -51,10 +51,10 @@ def ask(
 
     Args:
         journal: Where answers are kept.
-        keys: Digest of everything each answer depends on. Equal keys are asked once.
-        batches: Indices into ``keys``, in the order to ask; a function of the inputs alone, never
+        keys: Digest of everything each answer depends on. Equal keys are answered by one call.
+        batches: Indices into ``keys``, in the order of the calls; a function of the inputs alone, never
             of what is already answered.
-        call: Asks for some indices; returns one JSON-able answer for each, in order. Its second argument is to be
+        call: Answers some indices; returns one JSON-able answer for each, in order. Its second argument is to be
             called with the place and the answer of each that comes alone, before the others.
         desc: Label of the progress bar.
         later: Calls of the same kind that come after these, which the quote of a dry run includes.
@@ -213,7 +213,7 @@ class Journal:
             for number, line in enumerate(lines, start=1):
                 if dropped is not None:
                     raise ArtifactError(
-                        f"{self.path}:{number - 1} is damaged: delete that line to have its answers asked again, "
+                        f"{self.path}:{number - 1} is damaged: delete that line to have its answers written again, "
                         "or the file to have all of them"
                     )
                 answers = _parse(line[:-1]) if line.endswith(b"\n") else None

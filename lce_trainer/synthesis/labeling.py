@@ -22,7 +22,7 @@ from lce_trainer.errors import ConfigError, LabelError
 from lce_trainer.groups.schema import GROUPS_FEATURES
 from lce_trainer.settings import option
 from lce_trainer.synthesis.battles import draw_battles, strengths
-from lce_trainer.synthesis.journal import Journal, ask
+from lce_trainer.synthesis.journal import Journal, answer_all
 from lce_trainer.synthesis.judges import ChoiceJudge, Judge, LikelihoodJudge, PairwiseJudge, RerankerJudge
 from lce_trainer.synthesis.llm.protocol import LLM, Each
 from lce_trainer.synthesis.prompts import Prompt
@@ -362,7 +362,7 @@ def _ask(
     def call(batch: Sequence[int], each: Each) -> Sequence[float | None]:
         return score([items[index] for index in batch], each)
 
-    answers = ask(journal, keys, batches, call, "judging")
+    answers = answer_all(journal, keys, batches, call, "judging")
     return np.array([math.nan if answer is None else answer for answer in answers], dtype=np.float64)
 
 

@@ -16,7 +16,7 @@ from lce_trainer.settings import option
 from lce_trainer.synthesis.examples import Example, draw_examples
 from lce_trainer.synthesis.filters import near_duplicates, vague_queries
 from lce_trainer.synthesis.gauge import Sourced, mix_styles
-from lce_trainer.synthesis.journal import Journal, ask
+from lce_trainer.synthesis.journal import Journal, answer_all
 from lce_trainer.synthesis.llm.protocol import LLM, Each
 from lce_trainer.synthesis.llm.replies import kind_of_reply
 from lce_trainer.synthesis.prompts import Prompt
@@ -111,7 +111,7 @@ class GenerateConfig:
     )
     min_answerable: float | None = option(
         None,
-        "A query is dropped unless the LLM gives yes this probability when asked whether the passage answers it, such "
+        "A query is dropped unless the LLM answers with this probability that the passage answers it, such "
         "as 0.5; for strong LLMs, see label.judge=verdict.",
     )
 
@@ -162,7 +162,7 @@ def generate_queries(
         verdict: The judge for ``config.min_answerable``.
 
     Returns:
-        The queries artifact in the order of the draw; counts: ``asked``, ``kept``, ``dropped_`` for each reason, and
+        The queries artifact in the order of the draw; counts: ``written``, ``kept``, ``dropped_`` for each reason, and
         ``misspelled``, the copies that are added; facts: ``dropped``, by reason a few of the queries, and
         ``styles``, the weights that were used.
 
@@ -188,7 +188,7 @@ def generate_queries(
     queries, reasons = write(items, "writing queries")
     kept = [place for place, reason in enumerate(reasons) if reason is None]
     names = [name for name in (*_REASONS, *_MORE_REASONS) if name in _REASONS or name in write.filters]
-    counts = {"asked": len(items), "kept": len(kept)}
+    counts = {"written": len(items), "kept": len(kept)}
     counts |= {f"dropped_{reason}": reasons.count(reason) for reason in names}
     facts["dropped"] = _examples_of_dropped(queries, reasons, names)
     if not kept:
@@ -197,7 +197,7 @@ def generate_queries(
             f"none of the {len(items)} queries that {llm.name} wrote is usable ({dropped}); "
             f"the first is {queries[0][:60]!r}: try another llm.model or generate.prompt"
             if queries
-            else "no query was asked for: generate.queries and generate.per_passage must be 1 or more"
+            else "no query was to be written: generate.queries and generate.per_passage must be 1 or more"
         )
     named = config.prompt.rpartition("/")[2].removesuffix(".jinja")
     found = [(queries[place], write.ids[items[place].row], items[place].style or named) for place in kept]
@@ -440,7 +440,7 @@ class _Writer:
             )
 
         batches = plan_batches([item.row for item in items], self._seed)
-        return [text or "" for text in ask(self._journal, keys, batches, complete, desc, later)]
+        return [text or "" for text in answer_all(self._journal, keys, batches, complete, desc, later)]
 
     def _echoes(self, items: Sequence[Item]) -> set[tuple[str, ...]]:
         """Return the queries that stand in the prompt itself: a weak LLM repeats one instead of reading the passage."""
@@ -482,7 +482,7 @@ class _Writer:
         """Return a judge's score of each (query, passage), float64; NaN where it abstains."""
         keys = [judge.key(*pair) for pair in pairs]
         batches = plan_batches([passage for _, passage in pairs], self._seed)
-        scores = ask(
+        scores = answer_all(
             self._journal, keys, batches, lambda batch, each: judge.score([pairs[i] for i in batch], each), desc
         )
         return np.array([np.nan if score is None else score for score in scores], dtype=np.float64)

@@ -21,7 +21,7 @@ _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")  # of the keyboard
 
 
 def read_styles(styles: Mapping[str, Any]) -> dict[str, float]:
-    """Return the weights of the styles that are asked of the language model, and of misspelled queries, above 0.
+    """Return the weights of the styles that the language model writes in, and of misspelled queries, above 0.
 
     Args:
         styles: ``generate.styles`` of a recipe.

@@ -4,7 +4,7 @@ import pytest
 
 from lce_trainer.errors import ConfigError, LLMError
 from lce_trainer.synthesis.cost import Meter, QuoteReadyError, Usage, check_prices, facts, money
-from lce_trainer.synthesis.journal import Journal, ask
+from lce_trainer.synthesis.journal import Journal, answer_all
 
 PRICE = {"input": 2.0, "output": 10.0}
 
@@ -25,7 +25,7 @@ def run(path, llm, **settings):
     batches = [list(range(start, start + 10)) for start in range(0, 40, 10)]
     with Journal(path) as journal:
         journal.meter = Meter(lambda: llm.usage, journal.usage, PRICE, **settings)
-        return ask(journal, keys, batches, llm, "asking"), journal.usage
+        return answer_all(journal, keys, batches, llm, "asking"), journal.usage
 
 
 def test_a_budget_stops_before_it_is_exceeded_and_the_next_run_goes_on(tmp_path):

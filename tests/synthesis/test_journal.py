@@ -9,7 +9,7 @@ import pytest
 
 from lce_trainer.artifacts import digest
 from lce_trainer.errors import ArtifactError
-from lce_trainer.synthesis.journal import Journal, ask
+from lce_trainer.synthesis.journal import Journal, answer_all
 
 KEYS = [f"key{number}" for number in range(7)]
 BATCHES = [[4, 0], [2, 6, 1], [3, 5]]
@@ -36,7 +36,7 @@ class Model:
 
 def run(path: Path, model: Model) -> list:
     with Journal(path) as journal:
-        return ask(journal, KEYS, BATCHES, model, "asking")
+        return answer_all(journal, KEYS, BATCHES, model, "asking")
 
 
 def test_answers_come_in_the_order_of_the_keys(path):
@@ -102,7 +102,7 @@ def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(path):
 def test_equal_keys_are_asked_once(path):
     model = Model()
     with Journal(path) as journal:
-        answers = ask(journal, ["a", "b", "a", "b"], [[0, 1, 2], [3]], model, "asking")
+        answers = answer_all(journal, ["a", "b", "a", "b"], [[0, 1, 2], [3]], model, "asking")
     assert [len(batch) for batch in model.asked] == [2]
     assert answers[0] == answers[2] and answers[1] == answers[3]
 
@@ -126,7 +126,7 @@ def test_an_answer_reads_the_same_before_and_after_a_restart(path):
 def test_a_wrong_number_of_answers_is_never_journalled(path):
     with Journal(path) as journal:
         with pytest.raises(ValueError):
-            ask(journal, KEYS, BATCHES, lambda indices, each: ["one too few"] * (len(indices) - 1), "asking")
+            answer_all(journal, KEYS, BATCHES, lambda indices, each: ["one too few"] * (len(indices) - 1), "asking")
         assert len(journal) == 0
 
 

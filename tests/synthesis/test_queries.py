@@ -27,7 +27,7 @@ def test_each_query_names_its_source_prompt_and_model(tmp_path):
     passages = build_passages(20)
     queries, counts, _ = generate(tmp_path, passages, FakeLLM(completions=plan(passages)), GenerateConfig(queries=20))
     assert queries.features == QUERIES_FEATURES
-    assert counts["asked"] == counts["kept"] == len(queries) == 20
+    assert counts["written"] == counts["kept"] == len(queries) == 20
     assert len(set(queries["query_id"])) == 20
     for row in queries:
         assert f"topic{row['source_passage_id'][1:]}" in row["query"].split()
@@ -210,7 +210,7 @@ def test_every_reason_to_drop_is_counted(tmp_path):
     config = GenerateConfig(queries=9, max_copied_words=5, roundtrip_k=0)
     _, counts, _ = generate(tmp_path, passages, FakeLLM(completions=prompts), config, prompt=prompt)
     assert counts == {
-        "asked": 9,
+        "written": 9,
         "kept": 2,
         "dropped_empty": 2,
         "dropped_reply": 0,
@@ -225,7 +225,7 @@ def test_every_reason_to_drop_is_counted(tmp_path):
     queries, counts, _ = generate(tmp_path, passages, FakeLLM(completions=prompts), config, prompt=prompt)
     assert queries["query"][:] == ["what is topic0"]
     assert counts["dropped_roundtrip"] == 2
-    assert sum(counts.values()) == 2 * counts["asked"]
+    assert sum(counts.values()) == 2 * counts["written"]
 
 
 def test_copying_as_many_words_as_allowed_is_kept(tmp_path):
