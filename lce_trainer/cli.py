@@ -29,7 +29,7 @@ _STAGES = {
     "mine": "find each query's competing passages",
     "label": "have the LLM judge them: positives and hard negatives",
     "train": "fine-tune the cross-encoder on the groups",
-    "evaluate": "measure the reranker on human judgments, against the first stage",
+    "evaluate": "measure the reranker against what else ranks, on human judgments or else on held-out documents",
     "publish": "push the model and its groups to the Hub",
 }
 _EPILOG = """\
@@ -351,7 +351,10 @@ def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
         print(f"\nreport: {page}")
     if arguments.command == "run" and _is_first_process():
         if "evaluate" not in stages.stages_of(run):
-            logger.info("evaluate was left out: the recipe names no human judgments (evaluate.queries)")
+            logger.info(
+                "evaluate was left out: the recipe names no human judgments (evaluate.queries), and holds no "
+                "documents out (evaluate.synthetic)"
+            )
         print(_what_next(run.root, time.monotonic() - begun))
     return 0
 

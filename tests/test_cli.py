@@ -262,8 +262,8 @@ def test_groups_of_another_layout_beside_the_recipe_train_and_edited_ones_train_
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_a_recipe_without_judgments_is_run_but_cannot_be_evaluated(recipe, capsys):
-    none = ("evaluate.queries=null", "evaluate.dev_queries=null")
+def test_a_recipe_without_judgments_and_held_out_documents_is_run_but_cannot_be_evaluated(recipe, capsys):
+    none = ("evaluate.queries=null", "evaluate.dev_queries=null", "evaluate.synthetic.documents=0")
     assert "nothing to evaluate on: set evaluate.queries" in error_of(capsys, "evaluate", recipe, *none)
     small = ("generate.queries=12", "train.max_steps=1")
     assert main(["run", str(recipe), *none, *small]) == 0

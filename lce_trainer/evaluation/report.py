@@ -69,21 +69,24 @@ def _cells(results: datasets.Dataset) -> list[list[str]]:
     return cells
 
 
-def verdict(results: datasets.Dataset, system: str) -> str:
+def verdict(results: datasets.Dataset, system: str, *, synthetic: bool = False) -> str:
     """Return one line: whether a system ranks better than the best of the others, by how much and how surely.
 
     Args:
         results: What :func:`lce_trainer.evaluation.compare.compare` found; the baseline has no difference.
         system: The system that is to be judged.
+        synthetic: No person wrote the queries; the line says so, and that they prove nothing about people's.
     """
     rows = [row for row in results.to_list() if row["measure"] == "ndcg@10"]
     row = next(row for row in rows if row["system"] == system)
     better = "BETTER" if row["difference"] > 0 else "WORSE"
     outcome = better if row["p_value"] < _SIGNIFICANT else "NO DIFFERENCE SHOWN"
+    outcome += " on SYNTHETIC queries" if synthetic else ""
+    caution = ", which is no proof for queries that people ask" if synthetic else ""
     return (
         f"{outcome}: {system} against {baseline_of(results)}, nDCG@10 {row['difference']:+.3f} "
         f"[{row['difference_low']:+.3f}, {row['difference_high']:+.3f}], p {row['p_value']:.4f}, "
-        f"{row['queries']} queries"
+        f"{row['queries']} queries{caution}"
     )
 
 

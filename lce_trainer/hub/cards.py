@@ -40,7 +40,7 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,8})?|multilingual")
 
 @dataclass
 class Evaluation:
-    """Figures on one set of human judgments.
+    """Figures on one set of judgments.
 
     Attributes:
         name: What was measured on, e.g. ``"MedQuAD, human test questions"``.
@@ -52,6 +52,7 @@ class Evaluation:
         split: Which part of them.
         notes: A sentence on what else to know, e.g. which candidates were reranked.
         verdict: One line: whether the model ranks better than the best of the others, by how much and how surely.
+        synthetic: Whether a language model wrote the queries.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Evaluation:
     split: str = "test"
     notes: str = ""
     verdict: str = ""
+    synthetic: bool = False
 
 
 @dataclass
@@ -100,7 +102,7 @@ class RunFacts:
         near_duplicates: Groups left out of training because their queries are near-duplicates of queries that the
             model is measured or chosen on.
         max_length: Tokens of query and passage the model reads.
-        evaluations: Figures on human judgments.
+        evaluations: Figures on human judgments, or on synthetic queries that are called that.
         libraries: Version of each library.
         example_query: For the code on the card.
         example_passages: For the code on the card.

@@ -214,13 +214,15 @@ def _kind(config: PreTrainedConfig) -> str:
 
 
 def has_head(name: str | Path) -> bool:
-    """Return whether a model ranks as it is: it has a head of its own, or answers yes or no.
+    """Return whether a model ranks as it is: it has a head of its own, a modular one too, or answers yes or no.
 
     Raises:
-        TrainingError: There is no such model.
+        TrainingError: There is no such model, or its modules are no head that can be read.
     """
     path = resolve_model(str(name))
     if read_json(path, "adapter_config.json"):
         return True
     config = load_config(name)
-    return has_trained_head(config) or _answers(config, path, None) is not None
+    if has_trained_head(config) or _answers(config, path, None) is not None:
+        return True
+    return read_modular_head(str(name), path) is not None

@@ -85,8 +85,41 @@ class TrainConfig:
 
 
 @dataclass
+class SyntheticConfig:
+    """Documents held out for a recipe without evaluate.queries: the reranker is measured on their synthetic queries."""
+
+    documents: float = option(
+        0.1,
+        "Share of the documents whose queries are kept from training; one query of each of their passages is measured "
+        "on, for which that passage is relevant. From 0, for none, to 0.5. Where queries stem from fewer than ten "
+        "documents, passages are held out. It counts where evaluate.queries is null and the recipe makes its groups.",
+    )
+    judge: Literal["verdict", "grade", "likelihood", "reranker"] | None = option(
+        None,
+        "What finds relevant passages beside the source, among the first ten of every system, with a prompt or a model "
+        "that is not the training's; a query whose source passage it rejects is left out. null: the source passage "
+        "alone is relevant.",
+    )
+    prompt: str | None = option(None, "Its prompt by name or .jinja path; the judge's own if null.")
+    model: str | None = option(None, "The LLM that it asks; llm.model if null.")
+    endpoint: str | list[str] | None = option(
+        None, "URL of a server where that LLM runs; null: here, or llm.endpoint where evaluate.synthetic.model is null."
+    )
+    reranker: str | None = option(None, "The reranker that judges: Hub id or folder.")
+
+    def __post_init__(self) -> None:
+        """Check the share.
+
+        Raises:
+            ConfigError: It is not from 0 to 0.5.
+        """
+        if not 0 <= self.documents <= 0.5:
+            raise ConfigError(f"evaluate.synthetic.documents must be from 0 to 0.5, not {self.documents}")
+
+
+@dataclass
 class EvaluateConfig:
-    """Human judgments to measure on, and what is measured."""
+    """Human judgments to measure on, or held-out documents in their place, and what is measured."""
 
     queries: str | None = option(
         None, "Queries with answers, a file of rows: query_id, query, and doc_ids, or doc_id in one row or more."
@@ -106,6 +139,7 @@ class EvaluateConfig:
     top_k: int = option(50, "Passages that each retriever of the first stage brings, and that are reranked.")
     rerankers: list[str] = option([], "Other rerankers to compare with: Hub ids or folders.")
     max_queries: int | None = option(None, "Measure on the first so many queries only.")
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     max_dev_queries: int | None = option(100, "Dev queries measured at each evaluation while training.")
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Of the reranker's weights while it scores; auto: bfloat16 where the hardware multiplies it."

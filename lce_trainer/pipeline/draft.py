@@ -103,7 +103,8 @@ def _comments(passage: str, on_gpu: bool) -> dict[str, str]:
         "train.distillation_weight": "The soft labels are learned, and not only which passage is the positive.",
         "train.max_length": "Tokens of a query and passage together; holds 95 % of your passages.",
         "evaluate": (
-            "Human judgments, if you have any; without them evaluate is left out of lce-trainer run.\n"
+            "Human judgments, if you have any; without them a tenth of the documents is held out, and the reranker is\n"
+            "measured on their synthetic queries, which is no proof for queries that people ask.\n"
             'queries: test.jsonl        # a line each: {"query_id": "1", "query": "…", "doc_ids": ["…"]}\n'
             "dev_queries: dev.jsonl     # the same, to choose the best checkpoint by\n"
             "rerankers: [BAAI/bge-reranker-base]   # what else to compare with"

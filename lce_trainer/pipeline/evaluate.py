@@ -1,7 +1,12 @@
-"""The evaluation stage: what the user already has, and the trained reranker, on the same candidates."""
+"""The evaluation stage: what the user already has, and the trained reranker, on the same candidates.
 
+Human queries decide. A recipe without any holds documents out, whose synthetic queries never reach training, and is
+measured on those; such figures are called synthetic wherever they stand.
+"""
+
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,21 +15,34 @@ import datasets
 import numpy as np
 
 from lce_trainer.artifacts import Manifest
-from lce_trainer.errors import ConfigError
+from lce_trainer.errors import ConfigError, EvaluationError
 from lce_trainer.evaluation.compare import choose_weight, compare, fuse, rerank, strongest
 from lce_trainer.evaluation.judged import Judged, Query, judgments, read_judged, read_queries
+from lce_trainer.evaluation.metrics import CUT, ranking
 from lce_trainer.evaluation.report import by_query, markdown, table, verdict
 from lce_trainer.hardware import resolve_dtype
+from lce_trainer.hub.privacy import names_only
 from lce_trainer.model.loading import has_head
 from lce_trainer.model.reranker import Reranker
 from lce_trainer.pipeline.run import Made, Run
+from lce_trainer.synthesis.cost import Meter
+from lce_trainer.synthesis.held_out import hold_out
+from lce_trainer.synthesis.journal import Journal
+from lce_trainer.synthesis.judges import Judge, PairwiseJudge
+from lce_trainer.synthesis.labeling import LabelConfig, ask_judge, load_judge
+from lce_trainer.synthesis.llm.loading import load_llm
+from lce_trainer.synthesis.llm.protocol import LLM
 
 logger = logging.getLogger(__name__)
 
 RERANKER = "reranker"  # the trained model's row
 FUSED = "reranker + first stage"
 UNTOUCHED = "base, untouched"
+SYNTHETIC = "synthetic"  # the comparison on queries that no person wrote
+FIGURES = "evaluation.json"
 _BY_QUERY = "_by_query"  # ends the names of the tables that hold a row a query
+_FEW_DOCUMENTS = 10  # below which passages are held out in their place
+_FEW_QUERIES = 50  # below which the intervals are wide
 
 Runs = dict[str, dict[str, dict[str, float]]]
 
@@ -48,36 +66,48 @@ class _Judged:
 
 
 def evaluate_systems(run: Run) -> str:
-    """Compare systems on human judgments.
+    """Compare systems on human judgments, or on the synthetic queries of held-out documents.
 
     Returns:
         The tables and verdicts, as text.
 
     Raises:
-        ConfigError: The recipe names no human judgments.
+        ConfigError: The recipe names no human judgments, and holds no documents out either.
+        ArtifactError: The model was trained on other groups than those that are there now.
+        EvaluationError: There is no query to measure on.
     """
     config = run.recipe.evaluate
     if not is_judged(run):
         raise ConfigError("nothing to evaluate on: set evaluate.queries, or evaluate.candidates and evaluate.qrels")
+    synthetic = measures_synthetic(run)
 
     def work() -> Made:
         results: dict[str, datasets.Dataset] = {}
         queries: dict[str, datasets.Dataset] = {}
         counts: dict[str, int] = {}
-        verdicts: dict[str, str] = {}
         notes: dict[str, str] = {}
         if config.queries is not None:
             judged, counts = _in_domain(run, config.queries, config.max_queries)
-            results["in_domain"], queries["in_domain"] = _compare(run, judged, relevant_from=1)
-            names = ["BM25" if name == "bm25" else "the encoder" for name in judged.scores]
-            of = f"each of {' and '.join(names)}" if len(names) > 1 else names[0]
-            notes["in_domain"] = (
-                f"Each system reranks the same candidates: the first {config.top_k} passages a query of "
-                f"{of}. p-values are against the best of the other systems."
-            )
+            results["in_domain"], queries["in_domain"] = _compare(run, judged, judged.qrels, _rank(run, judged), 1)
+            notes["in_domain"] = f"{_same_candidates(run, judged)} p-values are against the best of the other systems."
+        if synthetic:
+            judged, counts, held = _held_out(run)
+            systems, qrels = _rank(run, judged), judged.qrels
+            notes[SYNTHETIC] = f"A language model wrote the queries: {held}. {_same_candidates(run, judged)} "
+            if config.synthetic.judge is not None:
+                judge = _load_judge(run)
+                qrels, more = _judge_pools(run, judged, systems, judge)
+                counts |= more
+                notes[SYNTHETIC] += f"{judge.note} "
+            else:
+                notes[SYNTHETIC] += "The passage that a query was written from is the only relevant one. "
+            results[SYNTHETIC], queries[SYNTHETIC] = _compare(run, judged, qrels, systems, 1)
+            notes[SYNTHETIC] += "p-values are against the best of the other systems."
         if config.candidates is not None:
             given = _out_of_domain(run)
-            results["out_of_domain"], queries["out_of_domain"] = _compare(run, given, config.relevant_from)
+            results["out_of_domain"], queries["out_of_domain"] = _compare(
+                run, given, given.qrels, _rank(run, given), config.relevant_from
+            )
             sizes = sorted(map(len, given.pools))
             notes["out_of_domain"] = (
                 f"Each system reranks the same candidates, those given in {Path(config.candidates).name}, all of them: "
@@ -87,27 +117,40 @@ def evaluate_systems(run: Run) -> str:
         folder = run.root / "evaluation"
         folder.mkdir(parents=True, exist_ok=True)
         model = run.manifest("model")
+        verdicts: dict[str, str] = {}
         for name, result in results.items():
             notes[name] += f" {_near_duplicates(model, name)}"
-            verdicts[name] = verdict(result, FUSED)
+            verdicts[name] = verdict(result, FUSED, synthetic=name == SYNTHETIC)
             text = f"{markdown(result)}\n\n{verdicts[name]}\n"
+            if name == SYNTHETIC:
+                text = f"{title_of(name)}\n\n{text}"
             (folder / f"{name}.md").write_text(text, encoding="utf-8")
+        _write_figures(folder / FIGURES, results, verdicts, notes)
         tables = {**results, **{f"{name}{_BY_QUERY}": rows for name, rows in queries.items()}}
         counts |= {what: count for what, count in model.counts.items() if what.startswith("near_duplicates_")}
-        return tables, counts, {"verdict": verdicts, "notes": notes}
+        return tables, counts, {"verdict": verdicts, "notes": notes, "synthetic": [SYNTHETIC] if synthetic else []}
 
-    inputs = ("passages", "model") if config.queries is not None else ("model",)
+    inputs: tuple[str, ...] = ("passages", "model") if config.queries is not None else ("model",)
     shape = {
         **asdict(config),
         **first_stage_shape(run),
         "contents": run.contents((config.queries, config.candidates, config.qrels)),
     }
+    del shape["synthetic"]  # without it the figures on human judgments stay as they are
+    if synthetic:
+        inputs = ("passages", "queries", "model")
+        # Where a model runs does not shape its answers, and what a prompt holds is in its digest.
+        settings = {key: value for key, value in asdict(config.synthetic).items() if key != "endpoint"}
+        shape["synthetic"] = {**settings, "prompt": config.synthetic.prompt and Path(config.synthetic.prompt).name}
+        if config.synthetic.judge is not None and (by := _judge_config(run)).by_llm:
+            model = names_only(config.synthetic.model or run.recipe.llm.model, run.base)
+            shape["synthetic_judge"] = {"prompt_digest": run.prompt(by.prompt_name).digest, "llm_model": model}
     run.make("evaluation", shape, inputs, work)
     manifest = run.manifest("evaluation")
     texts = []
     for name in comparisons(manifest):
         results = run.table("evaluation", name)
-        title = f"{name.replace('_', ' ')}, {results[0]['queries']} queries; p against the best of the others"
+        title = f"{title_of(name)}, {results[0]['queries']} queries; p against the best of the others"
         texts.append(f"{title}\n{table(results)}\n\n{manifest.facts['verdict'][name]}")
     return "\n\n".join(texts)
 
@@ -116,6 +159,11 @@ def comparisons(evaluation: Manifest) -> list[str]:
     """Return the splits of the evaluation artifact that compare systems, one a set of judgments."""
     names = [file.removesuffix(".parquet") for file in evaluation.files]
     return [name for name in names if not name.endswith(_BY_QUERY)]
+
+
+def title_of(comparison: str) -> str:
+    """Return what a comparison is called where people read it."""
+    return "SYNTHETIC queries of held-out documents" if comparison == SYNTHETIC else comparison.replace("_", " ")
 
 
 def query_table(run: Run, comparison: str) -> datasets.Dataset | None:
@@ -128,12 +176,33 @@ def query_table(run: Run, comparison: str) -> datasets.Dataset | None:
 
 
 def is_judged(run: Run) -> bool:
-    """Return whether the recipe names human judgments to evaluate on."""
-    return run.recipe.evaluate.queries is not None or run.recipe.evaluate.candidates is not None
+    """Return whether there is something to evaluate on: human judgments, or documents that are held out."""
+    config = run.recipe.evaluate
+    return config.queries is not None or config.candidates is not None or measures_synthetic(run)
+
+
+def measures_synthetic(run: Run) -> bool:
+    """Return whether documents are held out, on whose synthetic queries the reranker is measured."""
+    config = run.recipe.evaluate
+    return config.queries is None and run.recipe.train.groups is None and config.synthetic.documents > 0
+
+
+def held_out_queries(run: Run) -> np.ndarray:
+    """Return which synthetic queries are kept from training, bool, a row each of the queries artifact."""
+    sources = run.table("queries")["source_passage_id"][:]
+    units = _units(run, sources)
+    if len(set(units)) < 2:  # one of one would leave nothing to train on
+        return np.zeros(len(sources), dtype=bool)
+    return hold_out(units, run.recipe.evaluate.synthetic.documents, run.recipe.seed)
+
+
+def held_out_shape(run: Run) -> dict[str, float]:
+    """Return what decides which queries are kept from training, for the manifest of what depends on it."""
+    return {"held_out_documents": run.recipe.evaluate.synthetic.documents} if measures_synthetic(run) else {}
 
 
 def measured_queries(run: Run) -> dict[str, list[str]]:
-    """Return the texts of all queries that the recipe measures or chooses a model on, by the name of the comparison."""
+    """Return the texts of the human queries that the recipe measures or chooses a model on, by their comparison."""
     config = run.recipe.evaluate
     found = {}
     for name, path in (("in_domain", config.queries), ("dev", config.dev_queries)):
@@ -142,6 +211,13 @@ def measured_queries(run: Run) -> dict[str, list[str]]:
     if config.candidates is not None:
         found["out_of_domain"] = [query for _, query in _read_candidates(run).queries]
     return found
+
+
+def held_out_texts(run: Run) -> dict[str, list[str]]:
+    """Return the texts of the queries that are kept from training, as :func:`measured_queries` does human ones."""
+    if not measures_synthetic(run):
+        return {}
+    return {SYNTHETIC: run.table("queries").select(np.flatnonzero(held_out_queries(run)))["query"][:]}
 
 
 def first_stage_shape(run: Run) -> dict[str, str | None]:
@@ -195,23 +271,31 @@ def choose_first_stage_weight(run: Run, model: Path) -> dict[str, float]:
     }
 
 
-def _compare(run: Run, judged: _Judged, relevant_from: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Return the comparison, and how each system ranks each query."""
-    chosen = run.manifest("model").facts["first_stage"]
+def _rank(run: Run, judged: _Judged) -> Runs:
+    """Return how every system ranks the pools, the trained reranker and its fusion with the first stage last."""
+    model = run.manifest("model")
+    chosen, base = model.facts["first_stage"], model.config["base"]
     first_stage = judged.first_stage(chosen["bm25_weight"])
     systems: Runs = dict(judged.rows)
     if len(judged.scores) > 1 and chosen["bm25_weight"]:
         systems[f"encoder + {chosen['bm25_weight']:.2f} BM25"] = first_stage
-    if has_head(run.recipe.train.model):
-        systems[UNTOUCHED] = _rerank(run, run.recipe.train.model, judged)
+    if has_head(base):
+        systems[UNTOUCHED] = _rerank(run, base, judged)
     for name in run.recipe.evaluate.rerankers:
         systems[name] = _rerank(run, name, judged)
-    best = strongest(systems, judged.qrels, list(systems))
     systems[RERANKER] = _rerank(run, run.root / "model", judged)
     systems[FUSED] = fuse(first_stage, systems[RERANKER], chosen["weight"])
+    return systems
+
+
+def _compare(
+    run: Run, judged: _Judged, qrels: Mapping[str, Mapping[str, int]], systems: Runs, relevant_from: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Return the comparison, and how each system ranks each query."""
+    best = strongest(systems, qrels, [name for name in systems if name not in (RERANKER, FUSED)])
     results = compare(
         systems,
-        judged.qrels,
+        qrels,
         baseline=best,
         tested=[RERANKER, FUSED],
         relevant_from=relevant_from,
@@ -219,10 +303,10 @@ def _compare(run: Run, judged: _Judged, relevant_from: int) -> tuple[datasets.Da
     )
     queries = by_query(
         systems,
-        judged.qrels,
+        qrels,
         judged.queries,
         judged.pools,
-        first_stage=first_stage,
+        first_stage=judged.first_stage(run.manifest("model").facts["first_stage"]["bm25_weight"]),
         shown=[best, FUSED],
         types=judged.types,
         relevant_from=relevant_from,
@@ -244,14 +328,201 @@ def _rerank(run: Run, model: str | Path, judged: _Judged) -> dict[str, dict[str,
 def _in_domain(run: Run, path: str, limit: int | None, top_k: int | None = None) -> tuple[_Judged, dict[str, int]]:
     """Human queries over the recipe's own passages."""
     queries = human_queries(run, path, limit)
+    qrels, counts = judgments(queries, set(run.table("passages").unique("doc_id")))
+    return _retrieve(run, queries, qrels, "doc_id", top_k or run.recipe.evaluate.top_k), counts
+
+
+def _held_out(run: Run) -> tuple[_Judged, dict[str, int], str]:
+    """Synthetic queries of held-out documents over the recipe's passages, counts, and what was held out, in words."""
+    for name, parent in (("model", "groups"), ("groups", "candidates"), ("candidates", "queries")):
+        run.check_parent(name, parent)
+    share = run.recipe.evaluate.synthetic.documents
+    if run.manifest("candidates").config.get("held_out_documents") != share:
+        raise ConfigError(
+            f"the model was not trained with evaluate.synthetic.documents={share:g}, so it may have learned from the "
+            "queries that it would be measured on: run lce-trainer run with this recipe again"
+        )
+    table = run.table("queries")
+    table = table.select(np.flatnonzero(held_out_queries(run)))
+    found: dict[str, Query] = {}  # one query of each source passage, the first that was written
+    for row in table:
+        source = row["source_passage_id"]
+        found.setdefault(source, Query(row["query_id"], row["query"], (source,), row.get("style") or None))
+    queries = list(found.values())[: run.recipe.evaluate.max_queries]
+    if not queries:
+        raise EvaluationError(
+            "no synthetic query is held out to measure on: raise generate.queries or evaluate.synthetic.documents, or "
+            "set evaluate.queries"
+        )
+    if len(queries) < _FEW_QUERIES:
+        logger.warning(
+            "%d held-out queries are few, and the intervals will be wide: raise generate.queries or "
+            "evaluate.synthetic.documents",
+            len(queries),
+        )
+    units = _units(run, [query.doc_ids[0] for query in queries])
+    what = "passages" if units == [query.doc_ids[0] for query in queries] else "documents"
+    qrels = {query.query_id: dict.fromkeys(query.doc_ids, 1) for query in queries}
+    counts = {"held_out_queries": len(queries), f"held_out_{what}": len(set(units))}
+    held = f"{len(queries):,} of {len(set(units)):,} {what}, whose queries were kept from training"
+    return _retrieve(run, queries, qrels, "passage_id", run.recipe.evaluate.top_k), counts, held
+
+
+def _units(run: Run, sources: Sequence[str]) -> list[str]:
+    """Return the document of each source passage; the passage itself where queries stem from few documents."""
     passages = run.table("passages")
-    qrels, counts = judgments(queries, set(passages.unique("doc_id")))
+    document = dict(zip(passages["passage_id"][:], passages["doc_id"][:], strict=True))
+    every = {document[source] for source in run.table("queries").unique("source_passage_id")}
+    return [document[source] for source in sources] if len(every) >= _FEW_DOCUMENTS else list(sources)
+
+
+def _same_candidates(run: Run, judged: _Judged) -> str:
+    names = ["BM25" if name == "bm25" else "the encoder" for name in judged.scores]
+    of = f"each of {' and '.join(names)}" if len(names) > 1 else names[0]
+    return f"Each system reranks the same candidates: the first {run.recipe.evaluate.top_k} passages a query of {of}."
+
+
+def _write_figures(
+    path: Path, results: Mapping[str, datasets.Dataset], verdicts: Mapping[str, str], notes: Mapping[str, str]
+) -> None:
+    """Write the comparisons as JSON, for whoever reads neither parquet nor pages."""
+    figures = {
+        name: {
+            "synthetic": name == SYNTHETIC,
+            "title": title_of(name),
+            "verdict": verdicts[name],
+            "note": notes[name],
+            "rows": result.to_list(),
+        }
+        for name, result in results.items()
+    }
+    path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _PoolJudge:
+    """What judges the pools of synthetic queries, the language model that it asks, and a sentence on it."""
+
+    judge: Judge
+    llm: LLM | None
+    note: str
+
+
+def _judge_config(run: Run) -> LabelConfig:
+    """Return the settings of the judge of ``evaluate.synthetic``."""
+    config, label = run.recipe.evaluate.synthetic, run.recipe.label
+    return LabelConfig(
+        judge=config.judge or "verdict",
+        prompt=config.prompt,
+        reranker=config.reranker,
+        examples=label.examples if config.judge == label.judge else [],
+        max_passage_words=label.max_passage_words,
+    )
+
+
+def _load_judge(run: Run) -> _PoolJudge:
+    """Load the judge of ``evaluate.synthetic``, and find out whether its model can serve it."""
+    config, settings, label = run.recipe.evaluate.synthetic, _judge_config(run), run.recipe.label
+    prompt = run.prompt(settings.prompt_name) if settings.by_llm else None
+    llm: LLM = run.llm
+    if config.model is not None or config.endpoint is not None:
+        llm = load_llm(replace(run.recipe.llm, model=config.model or run.recipe.llm.model, endpoint=config.endpoint))
+    judge = load_judge(settings, llm, prompt)
+    assert judge is not None and not isinstance(judge, PairwiseJudge)  # no such judge can be named
+    if prompt is None:
+        same = (label.judge, label.reranker) == ("reranker", config.reranker)
+        return _PoolJudge(judge, None, _judged_by(names_only(judge.name, run.base), settings.judge, same=same))
+    llm.check(settings.needs)
+    trained = run.manifest("groups").config
+    same = (trained.get("prompt_digest"), trained.get("llm_model")) == (prompt.digest, llm.name)
+    return _PoolJudge(judge, llm, _judged_by(judge.name, settings.judge, same=same))
+
+
+def _judged_by(model: str, judge: str, *, same: bool) -> str:
+    """Return a sentence on what judged the pools."""
+    if same:
+        logger.warning(
+            "evaluate.synthetic.judge is the judge that labeled the training's groups, whose mistakes the reranker has "
+            "learned: name another prompt or another model"
+        )
+    own = "which labeled the training's groups too" if same else "which did not label the training's groups"
+    return (
+        f"Relevant is, of the first {CUT} passages of every system, the source passage and what the {judge} of {model} "
+        f"finds relevant, {own}."
+    )
+
+
+def _judge_pools(
+    run: Run, judged: _Judged, systems: Runs, by: _PoolJudge
+) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """Judge the first passages of every system, as TREC pools them.
+
+    Returns:
+        Which passages are relevant to each query, without the queries whose source passage is rejected; and counts.
+
+    Raises:
+        EvaluationError: The judge rejects the source passages of all queries.
+    """
+    pairs, query, doc_ids = [], [], []
+    for number, ((query_id, text), pool) in enumerate(zip(judged.queries, judged.pools, strict=True)):
+        texts = dict(pool)
+        (source,) = judged.qrels[query_id]
+        if source not in texts:
+            texts[source] = _text_of(run, source)
+        first = {doc: None for scores in systems.values() for doc in ranking(query_id, scores.get(query_id, {}))[:CUT]}
+        for doc_id in dict.fromkeys((source, *first)):
+            pairs.append((text, texts[doc_id]))
+            query.append(number)
+            doc_ids.append(doc_id)
+    of = np.array(query)
+    with Journal(run.root / "evaluation" / "journal.jsonl") as journal:
+        if (llm := by.llm) is run.llm and llm is not None:
+            spent = sum(run.manifest(name).facts.get("cost", {}).get("money", 0.0) for name in ("queries", "groups"))
+            price, budget = run.recipe.llm.price, run.recipe.llm.budget
+            journal.meter = Meter(lambda: llm.usage, journal.usage, price, budget=budget, spent=spent)
+        scores = ask_judge(pairs, of, by.judge, journal, np.arange(len(judged.queries)), run.recipe.seed)
+    is_source = np.r_[True, np.diff(of) > 0]
+    decided = by.judge.decide(scores)
+    relevant = scores >= scores[is_source][of] if decided is None else decided[0]
+    stands = relevant[is_source]  # no comparison with NaN is true: a source that is abstained on does not stand
+    qrels: dict[str, dict[str, int]] = {}
+    for place in np.flatnonzero(relevant & stands[of]):
+        qrels.setdefault(judged.queries[of[place]][0], {})[doc_ids[place]] = 1
+    counts = {
+        "judged_pairs": len(pairs),
+        "judged_relevant": int((relevant & stands[of]).sum()),
+        "abstained": int(np.isnan(scores).sum()),
+        "queries_left_out_source_rejected": int((~stands).sum()),
+    }
+    if not qrels:
+        raise EvaluationError(
+            f"{by.judge.name} rejects the source passages of all {len(judged.queries)} held-out queries: set another "
+            "evaluate.synthetic.judge, prompt or model, or null"
+        )
+    return qrels, counts
+
+
+def _text_of(run: Run, passage_id: str) -> str:
+    passages = run.table("passages")
+    return str(passages[passages["passage_id"][:].index(passage_id)]["text"])
+
+
+def _retrieve(run: Run, queries: list[Query], qrels: Mapping[str, Mapping[str, int]], unit: str, top_k: int) -> _Judged:
+    """Return what the first stage brings for queries, ranked by documents or by passages.
+
+    Args:
+        run: The recipe being run.
+        queries: They are searched for.
+        qrels: Their judgments.
+        unit: The column of the passages that judgments are of: ``doc_id`` or ``passage_id``.
+        top_k: Passages that each retriever brings for a query.
+    """
+    passages = run.table("passages")
     texts = [query.query for query in queries]
-    top_k = top_k or run.recipe.evaluate.top_k
     pool = run.first_stage.search(texts, top_k)
     rows, place = np.unique(pool.passage, return_inverse=True)
     used = passages.select(rows)
-    documents, contents = used["doc_id"][:], used["text"][:]
+    documents, contents = used[unit][:], used["text"][:]
     doc_ids = [documents[i] for i in place]
     scores = run.first_stage.scores(texts, pool.query, pool.passage)
     every = {
@@ -270,7 +541,7 @@ def _in_domain(run: Run, path: str, limit: int | None, top_k: int | None = None)
     pools = [[(doc_ids[i], contents[place[i]]) for i in range(start, end)] for start, end in pairwise(ends)]
     named = [(query.query_id, query.query) for query in queries]
     types = {query.query_id: query.query_type for query in queries}
-    return _Judged(named, pools, rows_of, every, qrels, types), counts
+    return _Judged(named, pools, rows_of, every, qrels, types)
 
 
 def _best_of(

@@ -15,7 +15,7 @@ from lce_trainer.evaluation.report import markdown
 from lce_trainer.hub.cards import Evaluation, RunFacts, dataset_card, model_card
 from lce_trainer.hub.contents import Repo, dataset_repo, model_repo
 from lce_trainer.hub.privacy import names_only
-from lce_trainer.pipeline.evaluate import RERANKER, comparisons
+from lce_trainer.pipeline.evaluate import RERANKER, SYNTHETIC, comparisons, title_of
 from lce_trainer.pipeline.run import Run
 from lce_trainer.synthesis.labeling import LabelConfig
 
@@ -67,7 +67,7 @@ def groups_folder(run: Run) -> Path | None:
     model = run.manifest("model")
     trained_on = model.config.get("groups")
     if trained_on is None:
-        _check_parent(run, "model", "groups")
+        run.check_parent("model", "groups")
         return run.root / "groups"
     folder = run.find(run.recipe.train.groups or "")
     if run.recipe.train.groups is None or not (folder / MANIFEST).is_file():
@@ -75,15 +75,6 @@ def groups_folder(run: Run) -> Path | None:
     if not isinstance(trained_on, dict) or read_manifest(folder, "groups").digest not in trained_on.values():
         raise ArtifactError(f"the model was trained on other groups than those in {folder}: run lce-trainer train")
     return folder
-
-
-def _check_parent(run: Run, name: str, parent: str) -> None:
-    """Check that an artifact was made from the one that is there now."""
-    if run.manifest(name).inputs.get(parent) != run.manifest(parent).digest:
-        raise ArtifactError(
-            f"{run.root / name} was made from other {parent} than those in {run.root / parent}: "
-            "run lce-trainer run with this recipe again"
-        )
 
 
 def _add_labels(facts: RunFacts, groups: Manifest) -> None:
@@ -113,7 +104,7 @@ def _add_labels(facts: RunFacts, groups: Manifest) -> None:
 def _add_sources(facts: RunFacts, run: Run) -> None:
     """Add what the groups of this run were made from."""
     for name, parent in (("groups", "candidates"), ("candidates", "queries"), ("queries", "passages")):
-        _check_parent(run, name, parent)
+        run.check_parent(name, parent)
     passages, queries = run.manifest("passages"), run.manifest("queries")
     facts.corpus_source = names_only(passages.config.get("source") or passages.config.get("script") or "", run.base)
     facts.corpus_counts = passages.counts
@@ -162,13 +153,14 @@ def _evaluations(run: Run, model: Manifest) -> list[Evaluation]:
         results = run.table("evaluation", split)
         evaluations.append(
             Evaluation(
-                name=f"human queries, {split.replace('_', ' ')}",
+                name=title_of(split) if split == SYNTHETIC else f"human queries, {title_of(split)}",
                 rows=results.to_list(),
                 table=markdown(results),
                 system=RERANKER,
                 queries=results[0]["queries"],
                 notes=manifest.facts.get("notes", {}).get(split, ""),
                 verdict=manifest.facts.get("verdict", {}).get(split, ""),
+                synthetic=split == SYNTHETIC,
             )
         )
     return evaluations
@@ -225,6 +217,9 @@ def _recipe(run: Run) -> str:
         if (run.root / name / MANIFEST).is_file():
             made = run.manifest(name).config
             recipe[section] |= {key: made[key] for key in recipe[section] if key in made and key != "groups"}
+    recipe["evaluate"]["synthetic"] = {
+        key: value for key, value in recipe["evaluate"]["synthetic"].items() if key != "endpoint"
+    }
     recipe["seed"] = model["seed"]
     recipe["train"] |= {"model": model["base"], **model["arguments"]}
     return yaml.safe_dump(names_only(recipe, run.base), sort_keys=False, allow_unicode=True)

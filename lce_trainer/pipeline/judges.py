@@ -16,19 +16,19 @@ from lce_trainer.evaluation.judged import LabelledPairs, read_pairs
 from lce_trainer.hub.privacy import names_only
 from lce_trainer.pipeline.evaluate import dev_groups
 from lce_trainer.pipeline.run import Run
-from lce_trainer.pipeline.stages import WITHOUT_PROMPT, judge_prompt, needs_of, read_corpus
+from lce_trainer.pipeline.stages import read_corpus
 from lce_trainer.synthesis.agreement import mean_of_judges, measure_judge, rank_correlations
 from lce_trainer.synthesis.cost import Meter, Usage, check_prices, money
 from lce_trainer.synthesis.journal import Journal
 from lce_trainer.synthesis.judges import PairwiseJudge
 from lce_trainer.synthesis.labeling import LabelConfig, ask_judge, load_judge
+from lce_trainer.synthesis.retrieval.dense import Encoder
 
 logger = logging.getLogger(__name__)
 
 JUDGES = ("verdict", "grade", "likelihood", "pairwise", "reranker", "encoder")
 RESULT = "judges/judges.json"
 
-_OF_LLM = tuple(name for name in JUDGES if name not in WITHOUT_PROMPT)
 _OTHERS = 3  # candidates beside each relevant passage, of pairs that are made from dev queries
 _FEW = 50  # pairs, below which the intervals are wide
 
@@ -142,12 +142,12 @@ def _which(run: Run, names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     skipped: dict[str, str] = {}
     for name in dict.fromkeys(names or JUDGES):
         try:
-            if name == "encoder" and run.encoder is None:
-                raise ConfigError("the encoder is mine.encoder, which the recipe does not set")
+            if name == "encoder" and _encoder(run) is None:
+                raise ConfigError("the encoder is label.encoder or mine.encoder, which the recipe does not set")
             if name == "reranker" and run.recipe.label.reranker is None:
                 raise ConfigError("the reranker is label.reranker, which the recipe does not set")
-            if name in _OF_LLM:
-                run.llm.check(needs_of(_config(run, name)))
+            if (config := _config(run, name)).by_llm:
+                run.llm.check(config.needs)
         except LCETrainerError as reason:
             if names:
                 raise
@@ -161,6 +161,11 @@ def _config(run: Run, name: str) -> LabelConfig:
     """Return the recipe's settings for a judge; prompt and examples are those of the one that the recipe labels by."""
     config = run.recipe.label
     return config if config.judge == name else replace(config, judge=cast(Any, name), prompt=None, examples=[])
+
+
+def _encoder(run: Run) -> Encoder | None:
+    """Return the encoder of the soft labels."""
+    return Encoder(run.recipe.label.encoder) if run.recipe.label.encoder is not None else run.encoder
 
 
 def _dev_pairs(run: Run, limit: int) -> LabelledPairs:
@@ -220,11 +225,12 @@ def _ask_one(
     """Return a judge's scores, the same on a scale on which they can be added, and what a thousand pairs take."""
     config = _config(run, name)
     if name == "encoder":
-        assert run.encoder is not None
-        run.encoder.similarity(pairs[:1])  # loads the model, which is no cost of a pair
+        encoder = _encoder(run)
+        assert encoder is not None
+        encoder.similarity(pairs[:1])  # loads the model, which is no cost of a pair
         begun = time.monotonic()
-        scores = run.encoder.similarity(pairs).astype(np.float64)
-        return scores, scores, _took(run, run.encoder.name, time.monotonic() - begun, len(pairs))
+        scores = encoder.similarity(pairs).astype(np.float64)
+        return scores, scores, _took(run, encoder.name, time.monotonic() - begun, len(pairs))
     if name == "reranker":
         reranker = load_judge(config, run.llm, None)
         assert reranker is not None and not isinstance(reranker, PairwiseJudge)
@@ -232,7 +238,7 @@ def _ask_one(
         begun = time.monotonic()
         scores = np.array(reranker.score(pairs), dtype=np.float64)
         return scores, reranker.scale(scores), _took(run, reranker.name, time.monotonic() - begun, len(pairs))
-    prompt = run.prompt(judge_prompt(config))
+    prompt = run.prompt(config.prompt_name)
     judge = load_judge(config, run.llm, prompt)
     assert judge is not None
     # What answers took stands in their journal: one for all that decides them has the sums of these alone.

@@ -22,7 +22,7 @@ from lce_trainer.evaluation.metrics import MEASURES
 from lce_trainer.evaluation.report import MEASURE_NAMES, baseline_of, parts, verdict, wins_and_losses
 from lce_trainer.groups.convert import load_groups
 from lce_trainer.hub.privacy import names_only
-from lce_trainer.pipeline.evaluate import FUSED, RERANKER, comparisons, query_table
+from lce_trainer.pipeline.evaluate import FUSED, RERANKER, SYNTHETIC, comparisons, query_table, title_of
 from lce_trainer.pipeline.run import Run
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def _comparison(run: Run, manifest: Manifest, name: str) -> dict[str, Any]:
     rows = [{**row, "system": public[row["system"]]} for row in results.to_list()]
     results = datasets.Dataset.from_list(rows, features=results.features)
     baseline = baseline_of(results)
-    line = verdict(results, FUSED)
+    line = verdict(results, FUSED, synthetic=name == SYNTHETIC)
     systems: dict[str, dict[str, Any]] = {}
     for row in results.to_list():
         systems.setdefault(row["system"], {})[row["measure"]] = row
@@ -221,7 +221,7 @@ def _comparison(run: Run, manifest: Manifest, name: str) -> dict[str, Any]:
     axis = _Axis(min(row["ci_low"] for row in ndcg), max(row["ci_high"] for row in ndcg), least=0.0, most=1.0)
     queries = query_table(run, name)
     found: dict[str, Any] = {
-        "title": name.replace("_", " "),
+        "title": title_of(name),
         "queries": results[0]["queries"],
         "outcome": line.partition(":")[0],
         "verdict": line.partition(": ")[2],

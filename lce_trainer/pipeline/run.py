@@ -115,6 +115,18 @@ class Run:
         except ArtifactError as error:
             raise ArtifactError(f"{error} (lce-trainer {stage})") from None
 
+    def check_parent(self, name: str, parent: str) -> None:
+        """Check that an artifact was made from the one that is there now.
+
+        Raises:
+            ArtifactError: It was made from another one.
+        """
+        if self.manifest(name).inputs.get(parent) != self.manifest(parent).digest:
+            raise ArtifactError(
+                f"{self.root / name} was made from other {parent} than those in {self.root / parent}: "
+                "run lce-trainer run with this recipe again"
+            )
+
     def prompt(self, name: str) -> Prompt:
         """A prompt of the package by name, or a file of the recipe's."""
         return load_prompt(name, self.base)

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lce_trainer.artifacts import MANIFEST
 from lce_trainer.errors import ConfigError, LLMError
 from lce_trainer.evaluation.judged import read_queries
@@ -22,9 +24,13 @@ from lce_trainer.pipeline.evaluate import (
     dev_groups,
     evaluate_systems,
     first_stage_shape,
+    held_out_queries,
+    held_out_shape,
+    held_out_texts,
     human_queries,
     is_judged,
     measured_queries,
+    measures_synthetic,
 )
 from lce_trainer.pipeline.facts import repos
 from lce_trainer.pipeline.run import Made, Run, is_stale, processes
@@ -53,7 +59,6 @@ _SAMPLE = 16  # calls that a dry run answers for its quote
 _JUDGED_DEV_QUERIES = 40
 # Where the queries of each comparison come from.
 _MEASURED = {"in_domain": "evaluate.queries", "dev": "evaluate.dev_queries", "out_of_domain": "evaluate.candidates"}
-WITHOUT_PROMPT = ("reranker", "encoder")  # judges that are no language models
 
 
 def check(run: Run) -> None:
@@ -66,13 +71,13 @@ def check(run: Run) -> None:
     if recipe.train.groups is None:
         _check_generate(run)
         check_prices(recipe.llm.price, recipe.llm.budget)
-        judged_by_llm = recipe.label.judge not in WITHOUT_PROMPT
+        judged_by_llm = recipe.label.by_llm
         if judged_by_llm:
-            run.prompt(judge_prompt(recipe.label))
+            run.prompt(recipe.label.prompt_name)
         if not all((run.root / name / MANIFEST).is_file() for name in ("queries", "groups")):
             _probe(run)
             if judged_by_llm:
-                run.llm.check(needs_of(recipe.label))
+                run.llm.check(recipe.label.needs)
     for queries in filter(None, (judged.queries, judged.dev_queries)):
         read_queries(run.find(queries))
     for path in filter(None, (judged.candidates, judged.qrels)):
@@ -90,6 +95,11 @@ def check(run: Run) -> None:
         load_tokenizer(teacher)
     if recipe.mine.encoder is not None and dense:
         load_tokenizer(recipe.mine.encoder)
+    if measures_synthetic(run) and (judge := recipe.evaluate.synthetic.judge) is not None:
+        if judge == "reranker" and recipe.evaluate.synthetic.reranker is None:
+            raise ConfigError("evaluate.synthetic.judge=reranker needs evaluate.synthetic.reranker")
+        if judge != "reranker":
+            run.prompt(recipe.evaluate.synthetic.prompt or judge)
     check_training(run)
 
 
@@ -174,10 +184,15 @@ def mine(run: Run) -> None:
     config = run.recipe.mine
 
     def work() -> Made:
-        found, counts = mine_candidates(run.table("queries"), run.table("passages"), run.first_stage, config)
-        return {"train": found}, counts, {}
+        queries, left_out = run.table("queries"), {}
+        if measures_synthetic(run):
+            held = held_out_queries(run)
+            queries, left_out = queries.select(np.flatnonzero(~held)), {"held_out_queries": int(held.sum())}
+        found, counts = mine_candidates(queries, run.table("passages"), run.first_stage, config)
+        return {"train": found}, {**counts, **left_out}, {}
 
-    run.make("candidates", {**asdict(config), "encoder": None, **first_stage_shape(run)}, ("passages", "queries"), work)
+    shape = {**asdict(config), "encoder": None, **first_stage_shape(run), **held_out_shape(run)}
+    run.make("candidates", shape, ("passages", "queries"), work)
 
 
 def label(run: Run, dry_run: bool = False) -> None:
@@ -187,13 +202,13 @@ def label(run: Run, dry_run: bool = False) -> None:
         QuoteReadyError: In a dry run, once a sample is judged, unless the groups are made already.
     """
     config = run.recipe.label
-    prompt = run.prompt(judge_prompt(config)) if config.judge not in WITHOUT_PROMPT else None
+    prompt = run.prompt(config.prompt_name) if config.by_llm else None
     by_llm = {} if prompt is None else {"prompt_digest": prompt.digest, **_llm_shape(run, "groups")}
     teacher = Encoder(config.encoder) if config.encoder is not None else None
 
     def work() -> Made:
         if prompt is not None:
-            run.llm.check(needs_of(config))
+            run.llm.check(config.needs)
         elif dry_run:
             raise QuoteReadyError(f"the judge is the {config.judge}, which runs here: it costs no tokens")
         judge = load_judge(config, run.llm, prompt)
@@ -237,14 +252,14 @@ def train(run: Run) -> None:
     dev = None
     if run.recipe.evaluate.dev_queries is not None:
         dev = dev_groups(run, max(run.recipe.evaluate.top_k // 3, 1), run.recipe.evaluate.max_dev_queries)
-    train_reranker(run, dev, measured_queries(run), partial(choose_first_stage_weight, run))
+    train_reranker(run, dev, {**measured_queries(run), **held_out_texts(run)}, partial(choose_first_stage_weight, run))
 
 
 def evaluate(run: Run) -> str:
-    """Compare systems on human judgments, and return the tables and verdicts as text.
+    """Compare systems, and return the tables and verdicts as text.
 
     Raises:
-        ConfigError: The recipe names no human judgments.
+        ConfigError: The recipe names no human judgments, and holds no documents out either.
     """
     if run.recipe.evaluate.queries is not None and run.recipe.train.groups is not None:
         read_corpus(run)  # which generate does otherwise
@@ -354,11 +369,6 @@ def _own_queries(run: Run) -> list[Sourced]:
     ]
 
 
-def judge_prompt(config: LabelConfig) -> str:
-    """Return the name or path of the judge's prompt."""
-    return config.prompt or config.judge
-
-
 def _prompted(config: LabelConfig) -> dict[str, Any]:
     """The settings of a stage; of its prompt the name, and no path: what it holds is in the digest."""
     return {**asdict(config), "prompt": config.prompt and Path(config.prompt).name}
@@ -377,11 +387,6 @@ def _llm_shape(run: Run, name: str) -> dict[str, Any]:
             logger.info("%s: the server does not answer; it is taken for the one that made them", name)
             return {**shaping, "llm_model": made.get("llm_model"), "llm_identity": made["llm_identity"]}
     return {**shaping, "llm_model": run.llm.name, "llm_identity": run.llm.identity}
-
-
-def needs_of(config: LabelConfig) -> Need:
-    """Return what a judge needs of the language model."""
-    return "score" if config.judge == "likelihood" else "choose"
 
 
 def _meter(run: Run, journal: Journal, name: str, dry_run: bool) -> Meter:

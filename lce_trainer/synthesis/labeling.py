@@ -22,9 +22,10 @@ from lce_trainer.errors import ConfigError, LabelError
 from lce_trainer.groups.schema import GROUPS_FEATURES
 from lce_trainer.settings import option
 from lce_trainer.synthesis.battles import draw_battles, strengths
+from lce_trainer.synthesis.held_out import hold_out
 from lce_trainer.synthesis.journal import Journal, answer_all
 from lce_trainer.synthesis.judges import ChoiceJudge, Judge, LikelihoodJudge, PairwiseJudge, RerankerJudge
-from lce_trainer.synthesis.llm.protocol import LLM, Each
+from lce_trainer.synthesis.llm.protocol import LLM, Each, Need
 from lce_trainer.synthesis.prompts import Prompt
 from lce_trainer.synthesis.queries import plan_batches
 from lce_trainer.synthesis.retrieval.dense import DenseIndex, Encoder
@@ -134,6 +135,21 @@ class LabelConfig:
                 f"label.promote_margin is for label.false_negatives=promote, and that is {self.false_negatives}: leave "
                 "one of them out"
             )
+
+    @property
+    def by_llm(self) -> bool:
+        """Whether the judge is a language model, which has a prompt."""
+        return self.judge not in ("reranker", "encoder")
+
+    @property
+    def prompt_name(self) -> str:
+        """The judge's prompt, by name or path."""
+        return self.prompt or self.judge
+
+    @property
+    def needs(self) -> Need:
+        """What the judge needs of the language model."""
+        return "score" if self.judge == "likelihood" else "choose"
 
 
 @dataclass(frozen=True)
@@ -528,9 +544,8 @@ def _choose_weight(
         The weight; and for the manifest the weight, documents and queries that it was chosen on, and the mean
         reciprocal rank of their source passages at each weight.
     """
-    every = np.unique(documents)
-    n = max(math.ceil(len(every) / 10), min(len(every), _HELD_OUT))
-    held = np.isin(documents, np.random.default_rng(seed).permutation(every)[:n])
+    held = hold_out(documents.tolist(), 0.1, seed, least=_HELD_OUT)
+    n = len(np.unique(documents[held]))
     inside = held[pool.query]
     query = np.unique(pool.query[inside], return_inverse=True)[1].reshape(-1)
     is_source, scores, cosines = pool.is_source[inside], scores[inside], cosines[inside]

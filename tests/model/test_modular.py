@@ -14,6 +14,7 @@ from helpers.backbones import pairs_of_all_lengths, some_groups
 from helpers.tiny_models import lively, tiny_config, tiny_tokenizer
 from lce_trainer.cli import main
 from lce_trainer.errors import TrainingError
+from lce_trainer.model.loading import has_head
 from lce_trainer.model.packed.packing import packs
 from lce_trainer.model.reranker import Reranker
 from lce_trainer.training.arguments import LCETrainingArguments
@@ -68,6 +69,7 @@ def test_scores_are_the_same_before_and_after_conversion(modular, tmp_path):
     wanted = crossed(modular, pairs)
     reranker = Reranker.from_pretrained(modular, device="cpu")
     assert packs(reranker.model) and wanted.std() > 1e-2
+    assert has_head(modular)  # so the untouched base is compared with where it is the base
     np.testing.assert_allclose(reranker.score(pairs), wanted, rtol=0, atol=1e-6)
 
     assert main(["convert", str(modular), str(tmp_path / "plain")]) == 0

@@ -82,7 +82,7 @@ def test_of_many_pairs_some_are_drawn_by_whole_queries(finished, tmp_path, capsy
     [
         (["--judge", "oracle"], "there is no judge 'oracle', only verdict, grade"),
         (["--judge", "reranker"], "label.reranker, which the recipe does not set"),
-        (["--judge", "encoder", "mine.encoder=null"], "mine.encoder, which the recipe does not set"),
+        (["--judge", "encoder", "mine.encoder=null"], "label.encoder or mine.encoder, which the recipe does not set"),
         (["--limit", "1"], "--limit must be 2 or more"),
         (["--judge", "encoder", "evaluate.dev_queries=null"], "name a file of rows of query, passage and label"),
     ],
