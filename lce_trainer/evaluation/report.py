@@ -1,5 +1,6 @@
 """What a comparison found: as text, query by query, and by kinds of queries."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _BY_QUERY_FEATURES = datasets.Features(
     }
 )
 _TYPES_SHOWN = 10  # query types with a row of their own; the others share one
+_SHOWN = 240  # characters of a text in Markdown
 _RESAMPLES = 10_000
 _FEWEST = 10  # queries from which on a bootstrap interval says something
 
@@ -48,9 +50,55 @@ def table(results: datasets.Dataset) -> str:
 
 def markdown(results: datasets.Dataset) -> str:
     """Return what :func:`lce_trainer.evaluation.compare.compare` found as a Markdown table."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in _cells(results)]
-    rows.insert(1, ["---"] + ["---:"] * (len(rows[0]) - 1))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return _pipes(_cells(results))
+
+
+def details(queries: datasets.Dataset, system: str, baseline: str, seed: int = 13) -> str:
+    """Return the figures by kinds of queries, and the largest wins and losses with their texts, as Markdown.
+
+    Args:
+        queries: From :func:`by_query`.
+        system: The system that is judged.
+        baseline: What it is compared with.
+        seed: Seeds the bootstrap.
+
+    Raises:
+        EvaluationError: One of the two is not among the systems.
+    """
+    lines = []
+    for title, found in parts(queries, system, baseline, seed).items():
+        rows = [[title, "queries", baseline, system, "difference [95 % CI]"]]
+        for part in found:
+            interval = "" if part.low is None else f" [{part.low:+.3f}, {part.high:+.3f}]"
+            means = [f"{part.means[name]:.3f}" for name in (baseline, system)]
+            rows.append([part.name, f"{part.queries:,}", *means, f"{part.difference:+.3f}{interval}"])
+        lines += ["", f"### nDCG@10 by {title}", "", _pipes(rows)]
+    kinds = zip(("wins", "losses"), wins_and_losses(queries, system, baseline), (baseline, system), strict=True)
+    for kind, cases, worse in kinds:
+        lines += ["", f"### Largest {kind} of {system} against {baseline}", ""] if cases else []
+        for case in cases:
+            ranks = f"rank {case['baseline_rank'] or 'none'} → {case['rank'] or 'none'}"
+            lines.append(f"- {case['difference']:+.3f} **{_short(case['query'])}**")
+            if case["right_passage"] is not None:
+                lines.append(f"    - right, {ranks}: {_short(case['right_passage'])}")
+            if case["first"] is not None:
+                too = ", right too" if case["first_is_right"] else ""
+                lines.append(f"    - {worse} put first{too}: {_short(case['first'])}")
+    return "\n".join(lines[1:])
+
+
+def _pipes(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows, the first of them the head, as a Markdown table."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines.insert(1, "| --- |" + " ---: |" * (len(rows[0]) - 1))
+    return "\n".join(lines)
+
+
+def _short(text: str | None) -> str:
+    """Return the start of a text on one line, without what Markdown would take for its own."""
+    line = " ".join((text or "").split())
+    line = line if len(line) <= _SHOWN else f"{line[:_SHOWN].rpartition(' ')[0] or line[:_SHOWN]} …"
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", line)
 
 
 def _cells(results: datasets.Dataset) -> list[list[str]]:

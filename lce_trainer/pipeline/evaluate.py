@@ -19,7 +19,7 @@ from lce_trainer.errors import ConfigError, EvaluationError
 from lce_trainer.evaluation.compare import choose_weight, compare, fuse, rerank, strongest
 from lce_trainer.evaluation.judged import Judged, Query, judgments, read_judged, read_queries
 from lce_trainer.evaluation.metrics import CUT, ranking
-from lce_trainer.evaluation.report import by_query, markdown, table, verdict
+from lce_trainer.evaluation.report import baseline_of, by_query, details, markdown, table, verdict
 from lce_trainer.hardware import resolve_dtype
 from lce_trainer.hub.privacy import names_only
 from lce_trainer.model.loading import has_head
@@ -121,7 +121,8 @@ def evaluate_systems(run: Run) -> str:
         for name, result in results.items():
             notes[name] += f" {_near_duplicates(model, name)}"
             verdicts[name] = verdict(result, FUSED, synthetic=name == SYNTHETIC)
-            text = f"{markdown(result)}\n\n{verdicts[name]}\n"
+            more = details(queries[name], FUSED, baseline_of(result), run.recipe.seed)
+            text = f"{markdown(result)}\n\n{verdicts[name]}\n\n{more}".rstrip() + "\n"
             if name == SYNTHETIC:
                 text = f"{title_of(name)}\n\n{text}"
             (folder / f"{name}.md").write_text(text, encoding="utf-8")

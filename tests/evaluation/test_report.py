@@ -8,7 +8,7 @@ import pytest
 from lce_trainer.errors import EvaluationError
 from lce_trainer.evaluation.compare import compare
 from lce_trainer.evaluation.judged import read_queries
-from lce_trainer.evaluation.report import baseline_of, by_query, parts, wins_and_losses
+from lce_trainer.evaluation.report import baseline_of, by_query, details, parts, wins_and_losses
 
 QUERIES = [("q1", "moon"), ("q2", "how does a star shine at night"), ("q3", "a b c d e f g h i j k"), ("q4", "snow")]
 POOLS = [[(f"d{i}", f"text {i} of {query_id}") for i in range(12)] for query_id, _ in QUERIES]
@@ -97,6 +97,20 @@ def test_wins_and_losses_are_the_largest_with_what_stood_first_instead():
     assert (loss["baseline_rank"], loss["rank"], loss["first"]) == (1, 2, "text 5 of q1")
     assert not loss["first_is_right"] and loss["right_passage"] == "text 0 of q1"
     assert [len(rows) for rows in wins_and_losses(table(), "ours", "BM25", count=1)] == [1, 1]
+
+
+def test_details_as_markdown_hold_parts_and_cases_and_nothing_that_texts_could_format():
+    pools = [[(doc_id, f"{text}\n# <b>a|b" + " word" * 90) for doc_id, text in pool] for pool in POOLS]
+    found = by_query(SYSTEMS, QRELS, QUERIES, pools, first_stage=run(), shown=["BM25", "ours"])
+    text = details(found, "ours", "BM25")
+    assert "### nDCG@10 by query length\n\n| query length | queries | BM25 | ours | difference [95 % CI] |\n" in text
+    assert "| 7 to 10 words | 1 | 0.500 | 1.000 | +0.500 |" in text
+    assert text.index("### Largest wins of ours against BM25") < text.index("### Largest losses of ours against BM25")
+    assert (
+        "- +0.500 **how does a star shine at night**\n    - right, rank 3 → 1: text 2 of q2 # \\<b\\>a\\|b word" in text
+    )
+    assert "    - ours put first: text 5 of q1 # " in text
+    assert max(map(len, text.splitlines())) < 300 and text.count(" …") == 6
 
 
 @pytest.mark.parametrize(
