@@ -93,7 +93,7 @@ def evaluate_systems(run: Run) -> str:
         if synthetic:
             judged, counts, held = _held_out(run)
             systems, qrels = _rank(run, judged), judged.qrels
-            notes[SYNTHETIC] = f"A language model wrote the queries: {held}. {_same_candidates(run, judged)} "
+            notes[SYNTHETIC] = f"A language model wrote the {held}. {_same_candidates(run, judged)} "
             if config.synthetic.judge is not None:
                 judge = _load_judge(run)
                 qrels, more = _judge_pools(run, judged, systems, judge)
@@ -121,8 +121,8 @@ def evaluate_systems(run: Run) -> str:
         for name, result in results.items():
             notes[name] += f" {_near_duplicates(model, name)}"
             verdicts[name] = verdict(result, FUSED, synthetic=name == SYNTHETIC)
-            more = details(queries[name], FUSED, baseline_of(result), run.recipe.seed)
-            text = f"{markdown(result)}\n\n{verdicts[name]}\n\n{more}".rstrip() + "\n"
+            parts = details(queries[name], FUSED, baseline_of(result), run.recipe.seed)
+            text = f"{markdown(result)}\n\n{verdicts[name]}\n\n{parts}".rstrip() + "\n"
             if name == SYNTHETIC:
                 text = f"{title_of(name)}\n\n{text}"
             (folder / f"{name}.md").write_text(text, encoding="utf-8")
@@ -365,7 +365,7 @@ def _held_out(run: Run) -> tuple[_Judged, dict[str, int], str]:
     what = "passages" if units == [query.doc_ids[0] for query in queries] else "documents"
     qrels = {query.query_id: dict.fromkeys(query.doc_ids, 1) for query in queries}
     counts = {"held_out_queries": len(queries), f"held_out_{what}": len(set(units))}
-    held = f"{len(queries):,} of {len(set(units)):,} {what}, whose queries were kept from training"
+    held = f"{len(queries):,} queries from {len(set(units)):,} held-out {what}, whose queries were kept from training"
     return _retrieve(run, queries, qrels, "passage_id", run.recipe.evaluate.top_k), counts, held
 
 

@@ -107,7 +107,9 @@ def describe_judges(found: dict[str, Any]) -> str:
     head = ["judge", "AUC [95 % CI]", "in a query", "kappa", "held out", "threshold", "s/1,000", "tokens/1,000"]
     table = [head + ["money/1,000"] * priced]
     for row in [*found["judges"], *found["ensembles"]]:
-        name = row["judge"] if "judge" in row else f"mean of {' + '.join(row['judges'])}"
+        name = row["judge"] if "judge" in row else " + ".join(row["judges"])
+        if "judges" in row and len(row["judges"]) == len(found["judges"]) > 2:
+            name = "all"
         cells = [name, f"{row['auc']:.2f} [{row['auc_low']:.2f}, {row['auc_high']:.2f}]"]
         cells += [_cell(row[key], "{:.2f}") for key in ("auc_within_query", "kappa", "kappa_held_out")]
         cells += [_cell(row["threshold"], "{:.3g}"), _cell(row.get("seconds_per_1000"), "{:,.1f}")]
@@ -118,6 +120,8 @@ def describe_judges(found: dict[str, Any]) -> str:
         *_aligned(table),
         "kappa: at the threshold, which is the best on these pairs; held out: where other queries chose the threshold",
     ]
+    if found["ensembles"]:
+        lines.append("+ and all: the mean of their scores, each standardized over the pairs")
     abstained = [f"{row['judge']} {row['abstained']:.0%}" for row in found["judges"] if row["abstained"]]
     if abstained:
         lines.append(f"abstained, which counts as the lowest score: {', '.join(abstained)}")
@@ -275,7 +279,8 @@ def _ensembles(scores: dict[str, np.ndarray]) -> list[tuple[list[str], dict[str,
 
 
 def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+    text = "" if value is None else form.format(value)
+    return "0.00" if text == "-0.00" else text
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -45,8 +45,9 @@ def test_judges_are_compared_by_figures_and_cost_and_agreement(finished, tmp_pat
         ["likelihood", "pairwise", "reranker", "encoder"],
     ]
     assert len(found["agreement"]) == 6 and found["skipped"] == {}
-    for text in ("15 pairs of 5 queries, 5 relevant", "mean of likelihood + encoder", "Spearman", "money/1,000"):
+    for text in ("15 pairs of 5 queries, 5 relevant", "\nlikelihood + encoder ", "\nall ", "Spearman", "money/1,000"):
         assert text in captured.out
+    assert max(map(len, captured.out.partition("JSON:")[0].splitlines())) <= 120
     assert "pairs are few" in captured.err
     # The same again asks for nothing, and has the figures of the calls that were made.
     _, again = compare(finished, tmp_path, capsys, *arguments)

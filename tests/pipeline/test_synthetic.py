@@ -89,6 +89,11 @@ def test_what_synthetic_queries_show_is_called_that_wherever_it_stands(run, whol
     assert (whole.root / "evaluation" / "synthetic.md").read_text().startswith(title)
     figures = json.loads((whole.root / "evaluation" / "evaluation.json").read_text())[SYNTHETIC]
     assert (figures["synthetic"], figures["title"], figures["verdict"]) == (True, title, line)
+    counts = manifest.counts
+    assert (
+        f"wrote the {counts['held_out_queries']} queries from {counts['held_out_documents']} held-out documents"
+        in figures["note"]
+    )
     assert "kept from training" in figures["note"] and "only relevant one" in figures["note"]
     page = (whole.root / "report.html").read_text()
     assert f"Comparison, {title}" in page and "on SYNTHETIC queries</b>" in page
