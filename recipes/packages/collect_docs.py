@@ -5,7 +5,7 @@
     pip install -r recipes/packages/requirements.txt
     python recipes/packages/collect_docs.py | head
 
-All packages are under licenses that let you share what you make of their documentation: BSD, MIT, Apache 2.0, HPND.
+All packages are under licenses that let you share what you make of their documentation: BSD, MIT, Apache 2.0.
 """
 
 import contextlib
