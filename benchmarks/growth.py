@@ -121,6 +121,8 @@ def write_recipe(folder: Path) -> None:
         "run_dir": str(folder / "run"),
         "corpus": {"source": str(folder / "documents.parquet"), "max_words": 100},
         "train": {"model": str(folder / "model"), "max_length": 128, "max_query_length": 32},
+        # The queries stem from no passage, so none can be held out with its document.
+        "evaluate": {"synthetic": {"documents": 0}},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
 

@@ -48,6 +48,6 @@ def test_replies_of_an_instruct_model_that_are_no_queries_are_dropped_and_counte
         f"The topic{i} is described by the passage above" if i % 2 else f"what is topic{i}" for i in range(len(prompts))
     ]
     llm = kind(completions={prompt: [text] for prompt, text in zip(prompts, written, strict=True)})
-    _, counts = generate(tmp_path, passages, llm, GenerateConfig(queries=8, roundtrip_k=0))
+    _, counts, _ = generate(tmp_path, passages, llm, GenerateConfig(queries=8, roundtrip_k=0))
     assert counts["dropped_reply"] == dropped
     assert counts["kept"] == 8 - dropped
