@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import lce_trainer
-from lce_trainer.errors import LCETrainerError
+from lce_trainer.errors import FirstProcessError, LCETrainerError
 
 if TYPE_CHECKING:
     from lce_trainer.pipeline.run import Run
@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except BrokenPipeError:  # the reader of a pipe, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except FirstProcessError:  # which says why, and whose status is that of the run
         return 0
     except (LCETrainerError, OSError) as error:
         logger.debug("where it happened", exc_info=True)
@@ -234,7 +236,7 @@ def _run(arguments: argparse.Namespace) -> int:
             return 0
         with writing(run.root), run.held(wait=not arguments.no_wait):
             if arguments.command == "judges":
-                print(_judges(run, arguments))
+                run.lead(lambda: print(_judges(run, arguments)))
                 return 0
             return _run_stages(arguments, run)
 

@@ -13,7 +13,8 @@
     ├── LabelError           a judgment that cannot be read
     ├── TrainingError        a training run that cannot start or go on
     ├── EvaluationError      judgments or runs that cannot be compared
-    └── PublishError         a model or dataset that cannot be uploaded
+    ├── PublishError         a model or dataset that cannot be uploaded
+    └── FirstProcessError    of several processes another one, the first, has ended the work
 
 A message says what was expected, what came and what to do. It never holds a token.
 """
@@ -67,6 +68,10 @@ class EvaluationError(LCETrainerError):
 
 class PublishError(LCETrainerError):
     """A model or dataset that cannot be uploaded."""
+
+
+class FirstProcessError(LCETrainerError):
+    """The first of several processes has ended the work, and raises why: this one follows it."""
 
 
 def format_ids(ids: Sequence[str]) -> str:

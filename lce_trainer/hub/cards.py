@@ -94,6 +94,9 @@ class RunFacts:
         query_counts: Queries written, dropped and why.
         candidate_counts: What mining found.
         label_counts: Groups, positives, negatives, what was dropped and why.
+        costs: What the language model took in each stage: ``calls``, ``tokens_in``, ``tokens_out``, and where they are
+            known ``seconds`` and ``money``.
+        cost_per_group: What it took in all stages for each group: ``tokens``, ``seconds``, ``money``.
         shortcut_auc: AUC of each query-blind guesser.
         training: Settings of the training.
         checkpoint_chosen_on: What chose the best checkpoint, e.g. ``"100 human dev queries"``; empty if nothing did
@@ -129,6 +132,8 @@ class RunFacts:
     query_counts: Mapping[str, int] = field(default_factory=dict)
     candidate_counts: Mapping[str, int] = field(default_factory=dict)
     label_counts: Mapping[str, int] = field(default_factory=dict)
+    costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    cost_per_group: Mapping[str, float] = field(default_factory=dict)
     shortcut_auc: Mapping[str, float] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_chosen_on: str = ""
@@ -249,6 +254,7 @@ def _render(template: Path, **values: Any) -> str:
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters.update(
+        number=lambda value: f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}",
         cell=lambda value: str(names_only(value)).replace("|", "\\|").replace("\n", " "),
         words=lambda key: str(key).replace("_", " "),
         quoted=lambda text: json.dumps(text, ensure_ascii=False),  # a Python literal as well

@@ -24,10 +24,9 @@ from lce_trainer.hardware import resolve_dtype
 from lce_trainer.hub.privacy import names_only
 from lce_trainer.model.loading import has_head
 from lce_trainer.model.reranker import Reranker
-from lce_trainer.pipeline.run import Made, Run
+from lce_trainer.pipeline.run import Made, Run, open_journal
 from lce_trainer.synthesis.cost import Meter
 from lce_trainer.synthesis.held_out import hold_out
-from lce_trainer.synthesis.journal import Journal
 from lce_trainer.synthesis.judges import Judge, PairwiseJudge
 from lce_trainer.synthesis.labeling import LabelConfig, ask_judge, load_judge
 from lce_trainer.synthesis.llm.loading import load_llm
@@ -476,7 +475,7 @@ def _judge_pools(
             query.append(number)
             doc_ids.append(doc_id)
     of = np.array(query)
-    with Journal(run.root / "evaluation" / "journal.jsonl") as journal:
+    with open_journal(run.root / "evaluation" / "journal.jsonl", by.llm) as journal:
         if (llm := by.llm) is run.llm and llm is not None:
             spent = sum(run.manifest(name).facts.get("cost", {}).get("money", 0.0) for name in ("queries", "groups"))
             price, budget = run.recipe.llm.price, run.recipe.llm.budget

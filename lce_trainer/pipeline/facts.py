@@ -4,6 +4,7 @@ Facts are gathered from the manifests of the artifacts: from what was made, and 
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lce_trainer.hub.contents import Repo, dataset_repo, model_repo
 from lce_trainer.hub.privacy import names_only
 from lce_trainer.pipeline.evaluate import RERANKER, SYNTHETIC, comparisons, title_of
 from lce_trainer.pipeline.run import Run
+from lce_trainer.synthesis.journal import read_usage
 from lce_trainer.synthesis.labeling import LabelConfig
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ def gather_facts(run: Run) -> RunFacts:
         _add_labels(facts, read_manifest(folder, "groups"))
     if own:
         _add_sources(facts, run)
+    if folder is not None:
+        _add_costs(facts, {**({"queries": run.root / "queries"} if own else {}), "labels": folder})
     return facts
 
 
@@ -114,6 +118,27 @@ def _add_sources(facts: RunFacts, run: Run) -> None:
     facts.prompts = {"query": queries.facts["prompt"], **facts.prompts}
     facts.prompt_digests = {"query": queries.config["prompt_digest"], **facts.prompt_digests}
     facts.prompt_examples = {"query": len(queries.config.get("examples", ())), **facts.prompt_examples}
+
+
+def _add_costs(facts: RunFacts, folders: Mapping[str, Path]) -> None:
+    """Add what the language model took, by manifests, and by journals the seconds, which manifests do not hold."""
+    costs: dict[str, dict[str, float]] = {}
+    for stage, folder in folders.items():
+        found = read_manifest(folder, "groups" if stage == "labels" else stage).facts.get("cost")
+        if found:
+            costs[stage] = {key: found[key] for key in ("calls", "tokens_in", "tokens_out", "money") if key in found}
+            used = read_usage(folder / "journal.jsonl")
+            if used is not None and used.calls == found["calls"]:
+                costs[stage]["seconds"] = round(used.seconds, 1)
+    groups = facts.label_counts.get("groups", 0)
+    facts.costs = costs
+    if len(costs) == len(folders) and groups:
+        kinds = {"tokens": ("tokens_in", "tokens_out"), "seconds": ("seconds",), "money": ("money",)}
+        facts.cost_per_group = {
+            name: sum(cost[key] for cost in costs.values() for key in keys) / groups
+            for name, keys in kinds.items()
+            if all(key in cost for cost in costs.values() for key in keys)
+        }
 
 
 def _language(run: Run, own: bool) -> tuple[str, ...]:

@@ -15,11 +15,10 @@ from lce_trainer.errors import ConfigError, LabelError, LCETrainerError, LLMErro
 from lce_trainer.evaluation.judged import LabelledPairs, read_pairs
 from lce_trainer.hub.privacy import names_only
 from lce_trainer.pipeline.evaluate import dev_groups
-from lce_trainer.pipeline.run import Run
+from lce_trainer.pipeline.run import Run, open_journal
 from lce_trainer.pipeline.stages import read_corpus
 from lce_trainer.synthesis.agreement import mean_of_judges, measure_judge, rank_correlations
 from lce_trainer.synthesis.cost import Meter, Usage, check_prices, money
-from lce_trainer.synthesis.journal import Journal
 from lce_trainer.synthesis.judges import PairwiseJudge
 from lce_trainer.synthesis.labeling import LabelConfig, ask_judge, load_judge
 from lce_trainer.synthesis.retrieval.dense import Encoder
@@ -248,7 +247,7 @@ def _ask_one(
     # What answers took stands in their journal: one for all that decides them has the sums of these alone.
     settings = [name, config.examples, config.max_passage_words, config.opponents, run.recipe.seed]
     made_by = digest([settings, prompt.digest, run.llm.identity, pairs])
-    with Journal(run.root / "judges" / f"{name}-{made_by}.jsonl") as journal:
+    with open_journal(run.root / "judges" / f"{name}-{made_by}.jsonl", run.llm) as journal:
         if run.recipe.llm.endpoint is None and not len(journal):
             judge.compare([(*pairs[0], "")]) if isinstance(judge, PairwiseJudge) else judge.score(pairs[:1])
         price, budget = run.recipe.llm.price, run.recipe.llm.budget

@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +27,15 @@ from lce_trainer.artifacts import (
     save_artifact,
     why_stale,
 )
-from lce_trainer.errors import ArtifactError, ConfigError
+from lce_trainer.errors import ArtifactError, ConfigError, FirstProcessError
 from lce_trainer.hardware import best_device
 from lce_trainer.pipeline.config import Recipe, load_recipe
+from lce_trainer.synthesis.cost import QuoteReadyError
+from lce_trainer.synthesis.journal import Journal
+from lce_trainer.synthesis.llm.endpoint import EndpointLLM
 from lce_trainer.synthesis.llm.loading import load_llm
 from lce_trainer.synthesis.llm.protocol import LLM
+from lce_trainer.synthesis.llm.ranks import RankedLLM, Ranks, dismiss, follow
 from lce_trainer.synthesis.prompts import Prompt, load_prompt
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
 from lce_trainer.synthesis.retrieval.dense import DenseIndex, Encoder
@@ -65,6 +69,8 @@ class Run:
 
     recipe: Recipe
     base: Path
+    _ranks: Ranks | None = field(default=None, init=False, repr=False)
+    _leads: bool = field(default=False, init=False, repr=False)
 
     @cached_property
     def root(self) -> Path:
@@ -73,8 +79,18 @@ class Run:
 
     @cached_property
     def llm(self) -> LLM:
-        """The language model, loaded at its first question and shared by the stages of one process."""
-        return load_llm(self.recipe.llm)
+        """The language model, loaded at its first question and shared by the stages.
+
+        One that runs here is in each of several processes; the first makes all calls, and the others answer a share.
+        """
+        llm = load_llm(self.recipe.llm)
+        # Behind servers, what one process sends keeps all of them busy.
+        share = self._leads and self.recipe.llm.endpoint is None
+        return RankedLLM(llm, self._ranks) if share and self._ranks is not None else llm
+
+    def release_llm(self) -> None:
+        """Let go of the language model, whose memory training needs."""
+        self.__dict__.pop("llm", None)
 
     @cached_property
     def encoder(self) -> Encoder | None:
@@ -169,6 +185,36 @@ class Run:
                     (self.root / _HOLDER).unlink(missing_ok=True)
                 lock.release()
 
+    def lead(self, work: Callable[[], None]) -> None:
+        """Do some work in the first of several processes, while the others answer a share of its LLM's calls.
+
+        Args:
+            work: What is done; it may lead again.
+
+        Raises:
+            QuoteReadyError: In all processes, where the first one's work raises it.
+            FirstProcessError: In the other processes, where the first one's work raises something else.
+        """
+        if self._leads or processes().num_processes == 1:
+            work()
+            return
+        self._ranks = ranks = self._ranks or Ranks()
+        if not processes().is_main_process:
+            ended = follow(ranks, lambda: self.llm)
+            if ended is not None:
+                kind = QuoteReadyError if ended["quote"] else FirstProcessError
+                raise kind(ended["message"])
+            return
+        self._leads = True
+        try:
+            work()
+        except Exception as error:
+            dismiss(ranks, {"message": str(error), "quote": isinstance(error, QuoteReadyError)})
+            raise
+        finally:
+            self._leads = False
+        dismiss(ranks, None)
+
     def make(
         self,
         name: str,
@@ -179,7 +225,7 @@ class Run:
     ) -> None:
         """Make an artifact, unless it is there and whole, made from the same things.
 
-        Of several processes one works, and the others wait until it is done.
+        Of several processes one works, see :meth:`lead`.
 
         Args:
             name: Of the artifact: its folder and its kind.
@@ -188,9 +234,10 @@ class Run:
             work: Makes it.
             parts: Folders in the artifact's that ``work`` writes, with manifests of their own.
         """
-        shape = {**config, "seed": self.recipe.seed}
-        digests = {kind: self.manifest(kind).digest for kind in inputs}
-        with processes().main_process_first():
+
+        def make() -> None:
+            shape = {**config, "seed": self.recipe.seed}
+            digests = {kind: self.manifest(kind).digest for kind in inputs}
             if not is_stale(self.root / name, name, shape, digests, parts):
                 return
             if self.root.is_dir() and not os.access(self.root, os.W_OK):
@@ -201,6 +248,13 @@ class Run:
             save_artifact(self.root / name, tables, kind=name, config=shape, inputs=digests, counts=counts, facts=facts)
             counted = (f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items() if count)
             logger.info("%s: %s", name, ", ".join(counted))
+
+        self.lead(make)
+        if not (self.root / name / MANIFEST).is_file():
+            raise ArtifactError(
+                f"the first process has made {self.root / name}, and this one does not find it: "
+                "run_dir must be on a file system that all processes share"
+            )
 
 
 def _hold(lock: FileLock, root: Path, wait: bool) -> str | None:
@@ -251,6 +305,22 @@ def is_stale(
     elif (folder / "manifest.json").exists():
         logger.info("%s: made again: %s", name, stale)
     return stale is not None
+
+
+def open_journal(path: Path, llm: LLM | None) -> Journal:
+    """Open the journal of a stage.
+
+    Args:
+        path: The file.
+        llm: Whose answers it keeps; None where another model gives them.
+
+    Raises:
+        ArtifactError: As :class:`lce_trainer.synthesis.journal.Journal`.
+    """
+    journal = Journal(path)
+    journal.answers_alone = isinstance(llm, EndpointLLM)
+    journal.at_once = llm.at_once if isinstance(llm, RankedLLM) else 1
+    return journal
 
 
 def open_run(path: Path, overrides: Sequence[str] = ()) -> Run:

@@ -33,7 +33,7 @@ from lce_trainer.pipeline.evaluate import (
     measures_synthetic,
 )
 from lce_trainer.pipeline.facts import repos
-from lce_trainer.pipeline.run import Made, Run, is_stale, processes
+from lce_trainer.pipeline.run import Made, Run, is_stale, open_journal
 from lce_trainer.pipeline.train import check_training, train_reranker
 from lce_trainer.synthesis import cost
 from lce_trainer.synthesis.corpus import build_passages
@@ -74,10 +74,7 @@ def check(run: Run) -> None:
         judged_by_llm = recipe.label.by_llm
         if judged_by_llm:
             run.prompt(recipe.label.prompt_name)
-        if not all((run.root / name / MANIFEST).is_file() for name in ("queries", "groups")):
-            _probe(run)
-            if judged_by_llm:
-                run.llm.check(recipe.label.needs)
+        run.lead(partial(_check_llm, run, judged_by_llm))
     for queries in filter(None, (judged.queries, judged.dev_queries)):
         read_queries(run.find(queries))
     for path in filter(None, (judged.candidates, judged.qrels)):
@@ -105,6 +102,10 @@ def check(run: Run) -> None:
 
 def read_corpus(run: Run) -> None:
     """Cut documents into passages, and index them for the first stage."""
+    run.lead(partial(_read_corpus, run))
+
+
+def _read_corpus(run: Run) -> None:
     config, folder = run.recipe.corpus, run.root / "passages"
 
     def work() -> Made:
@@ -119,9 +120,8 @@ def read_corpus(run: Run) -> None:
     run.make("passages", shape, (), work, parts=("bm25",))
     if (encoder := run.encoder) is not None:
         made_from = {"passages": run.manifest("passages").digest}
-        with processes().main_process_first():
-            if is_stale(folder / "dense", "dense", {"encoder": encoder.name}, made_from):
-                DenseIndex.build(run.table("passages"), folder / "dense", encoder, made_from)
+        if is_stale(folder / "dense", "dense", {"encoder": encoder.name}, made_from):
+            DenseIndex.build(run.table("passages"), folder / "dense", encoder, made_from)
 
 
 def generate(run: Run, dry_run: bool = False) -> None:
@@ -130,6 +130,10 @@ def generate(run: Run, dry_run: bool = False) -> None:
     Raises:
         QuoteReadyError: In a dry run, once a sample is answered, unless the queries are made already.
     """
+    run.lead(partial(_generate, run, dry_run))
+
+
+def _generate(run: Run, dry_run: bool) -> None:
     read_corpus(run)
     config = run.recipe.generate
     examples = _example_queries(run)
@@ -141,7 +145,7 @@ def generate(run: Run, dry_run: bool = False) -> None:
         _probe(run)
         passages = run.table("passages")
         own = _own_queries(run)
-        with Journal(run.root / "queries" / "journal.jsonl") as journal:
+        with open_journal(run.root / "queries" / "journal.jsonl", run.llm) as journal:
             journal.meter = _meter(run, journal, "queries", dry_run)
             try:
                 queries, counts, facts = generate_queries(
@@ -201,6 +205,10 @@ def label(run: Run, dry_run: bool = False) -> None:
     Raises:
         QuoteReadyError: In a dry run, once a sample is judged, unless the groups are made already.
     """
+    run.lead(partial(_label, run, dry_run))
+
+
+def _label(run: Run, dry_run: bool) -> None:
     config = run.recipe.label
     prompt = run.prompt(config.prompt_name) if config.by_llm else None
     by_llm = {} if prompt is None else {"prompt_digest": prompt.digest, **_llm_shape(run, "groups")}
@@ -214,7 +222,7 @@ def label(run: Run, dry_run: bool = False) -> None:
         judge = load_judge(config, run.llm, prompt)
         dense = run.first_stage.retrievers.get("dense")
         encoder = teacher or (dense if isinstance(dense, DenseIndex) else None)
-        with Journal(run.root / "groups" / "journal.jsonl") as journal:
+        with open_journal(run.root / "groups" / "journal.jsonl", run.llm if prompt is not None else None) as journal:
             journal.meter = None if prompt is None else _meter(run, journal, "groups", dry_run)
             tables, counts, facts = label_candidates(
                 run.table("candidates"),
@@ -245,6 +253,7 @@ def label(run: Run, dry_run: bool = False) -> None:
 
 def train(run: Run) -> None:
     """Fine-tune the cross-encoder on the groups, and find the weight of the first stage beside it."""
+    run.release_llm()
     if run.recipe.train.groups is None:
         run.manifest("groups")  # names the stage to run first
     elif run.recipe.evaluate.dev_queries is not None:
@@ -290,6 +299,15 @@ def publish(
         revision=revision,
         create_pr=create_pr,
     )
+
+
+def _check_llm(run: Run, judges: bool) -> None:
+    """Find out whether the language model can do what the stages that are not done yet need of it."""
+    if all((run.root / name / MANIFEST).is_file() for name in ("queries", "groups")):
+        return
+    _probe(run)
+    if judges:
+        run.llm.check(run.recipe.label.needs)
 
 
 def _check_generate(run: Run) -> None:

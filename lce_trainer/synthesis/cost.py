@@ -4,6 +4,7 @@ What was used stands in the journal beside the answers that it bought, so a run 
 and one that was not have the same sums.
 """
 
+import math
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -22,7 +23,8 @@ class Usage:
         calls: Prompts that were answered.
         tokens_in: Tokens of the prompts. A server's own count; 0 where it reports none.
         tokens_out: Tokens that were written.
-        seconds: From the first request to the last answer.
+        seconds: That answers took: of a server from the first request to the last answer, of a model that runs in
+            several processes those of all of them.
         without_text: Answers that held no text.
     """
 
@@ -105,6 +107,20 @@ class Meter:
                     f"{coming:.2g}. All answers are kept: raise llm.budget and run the same command to go on"
                 )
         return calls
+
+    def affords(self) -> float:
+        """How many more calls the budget pays for, by the mean of those so far.
+
+        Infinite without a budget, and 0 while no call has shown what one costs.
+        """
+        if self._budget is None:
+            return math.inf
+        past = self._past + self._read() - self._begun
+        if not past.calls:
+            return 0.0
+        left = self._budget - self._spent - money(past, self._price)
+        each = money(past, self._price) / past.calls
+        return max(left, 0.0) / each if each else math.inf
 
     def used(self) -> dict[str, dict[str, float]]:
         """Return the journal's record of what this process has used, which replaces the record before it."""

@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lce_trainer.artifacts import digest
-from lce_trainer.errors import ArtifactError
+from lce_trainer.errors import ArtifactError, LCETrainerError
 from lce_trainer.synthesis.cost import Meter, Usage, is_usage, total
 
 try:
@@ -33,13 +34,16 @@ logger = logging.getLogger(__name__)
 # power cut those of the last second.
 _SYNC_SECONDS = 1.0
 _HEAD = b'{"sha256": "0123456789abcdef", "answers": '
+_WAVE = 4096  # answers that come alone and are asked for together; their prompts are in memory at the same time
+
+Call = Callable[[Sequence[int], Callable[[int, Any], None]], Sequence[Any]]
 
 
 def answer_all(
     journal: "Journal",
     keys: Sequence[str],
     batches: Sequence[Sequence[int]],
-    call: Callable[[Sequence[int], Callable[[int, Any], None]], Sequence[Any]],
+    call: Call,
     desc: str,
     later: int = 0,
 ) -> list[Any]:
@@ -65,42 +69,147 @@ def answer_all(
     known = sum(key in journal for key in keys)
     if known:
         logger.info("%s: %d of %d already answered, in %s", desc, known, len(keys), journal.path.name)
-    meter = journal.meter
-    with tqdm(total=sum(map(len, batches)), desc=desc) as progress:
-        for batch in batches:
-            missing = list({keys[index]: index for index in batch if keys[index] not in journal}.values())
-            alone, counted = 0, time.monotonic()
-
-            def record(place: int, answer: Any, missing: Sequence[int] = missing) -> None:
-                nonlocal alone, counted
-                used: Mapping[str, Any] = {}
-                if meter is not None and time.monotonic() - counted > _SYNC_SECONDS:
-                    used, counted = meter.used(), time.monotonic()
-                journal.append({keys[missing[place]]: answer, **used}, sync=False)
-                alone += 1
-                progress.update()
-
-            if missing:
-                if meter is not None:
-                    missing[meter.before(len(missing)) :] = []
-                try:
-                    answers = call(missing, record)
-                except BaseException:
-                    if meter is not None and alone:  # what came before is kept, and so is what it cost
-                        journal.append(meter.used())
-                    raise
-                together = {keys[index]: answer for index, answer in zip(missing, answers, strict=True)}
-                together = {key: answer for key, answer in together.items() if key not in journal}
-                journal.append(together if meter is None else {**together, **meter.used()})
-                if meter is not None and meter.samples:
-                    answered = sum(key in journal for key in set(keys))
-                    meter.after(answered, len(set(keys)) - answered + later)
-            progress.update(len(batch) - alone)
+    left = _not_answered(journal, keys, batches)
+    total = sum(map(len, batches))
+    with tqdm(total=total, desc=desc, initial=total - sum(map(len, left))) as progress:
+        if journal.at_once > 1 and not (journal.meter is not None and journal.meter.samples):
+            _answer_at_once(journal, keys, left, call, progress)
+        else:
+            for batch in _waves(journal, left):
+                _answer(journal, keys, batch, call, progress, later)
     return [journal[key] for key in keys]
 
 
+def _not_answered(journal: "Journal", keys: Sequence[str], batches: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What each batch has to answer; a key of several batches belongs to the first of them."""
+    planned: set[str] = set()
+    left = []
+    for batch in batches:
+        missing = {keys[index]: index for index in batch if keys[index] not in journal and keys[index] not in planned}
+        planned.update(missing)
+        if missing:
+            left.append(list(missing.values()))
+    return left
+
+
+def _waves(journal: "Journal", batches: Sequence[list[int]]) -> Iterator[list[int]]:
+    """Batches, several together where each answer comes alone: or many requests would wait for the last of a few.
+
+    Of what the budget pays for, half goes into one, since the next calls may cost more than those so far.
+    """
+    wave: list[int] = []
+    for batch in batches:
+        most = float(_WAVE if journal.answers_alone else 0)
+        if journal.meter is not None:
+            most = min(most, journal.meter.affords() / 2)
+        if wave and len(wave) + len(batch) > most:
+            yield wave
+            wave = []
+        wave = [*wave, *batch]
+    if wave:
+        yield wave
+
+
+def _answer(journal: "Journal", keys: Sequence[str], missing: list[int], call: Call, progress: Any, later: int) -> None:
+    """Have a batch answered, and record what comes."""
+    meter = journal.meter
+    alone, counted = 0, time.monotonic()
+
+    def record(place: int, answer: Any) -> None:
+        nonlocal alone, counted
+        used: Mapping[str, Any] = {}
+        if meter is not None and time.monotonic() - counted > _SYNC_SECONDS:
+            used, counted = meter.used(), time.monotonic()
+        journal.append({keys[missing[place]]: answer, **used}, sync=False)
+        alone += 1
+        progress.update()
+
+    if meter is not None:
+        missing = missing[: meter.before(len(missing))]
+    try:
+        answers = call(missing, record)
+    except BaseException:
+        if meter is not None and alone:  # what came before is kept, and so is what it cost
+            journal.append(meter.used())
+        raise
+    _record(journal, [keys[index] for index in missing], answers)
+    if meter is not None and meter.samples:
+        answered = sum(key in journal for key in set(keys))
+        meter.after(answered, len(set(keys)) - answered + later)
+    progress.update(len(missing) - alone)
+
+
+def _answer_at_once(
+    journal: "Journal", keys: Sequence[str], batches: Sequence[list[int]], call: Call, progress: Any
+) -> None:
+    """Have several batches answered at the same time, and record each when it is whole.
+
+    Raises:
+        Exception: As the first call that fails; the others that are under way are waited for, and recorded.
+    """
+    meter = journal.meter
+    waiting = iter(batches)
+    running: dict[Future[Sequence[Any]], list[int]] = {}
+    failed: BaseException | None = None
+    with ThreadPoolExecutor(journal.at_once) as threads:
+        while True:
+            while failed is None and len(running) < journal.at_once and (batch := next(waiting, None)) is not None:
+                try:
+                    if meter is not None:
+                        meter.before(len(batch) + sum(map(len, running.values())))
+                except LCETrainerError as error:
+                    failed = error
+                else:
+                    running[threads.submit(call, batch, _comes_with_others)] = batch
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                batch = running.pop(future)
+                if (raised := future.exception()) is not None:
+                    failed = failed or raised
+                    continue
+                _record(journal, [keys[index] for index in batch], future.result())
+                progress.update(len(batch))
+    if failed is not None:
+        raise failed
+
+
+def _comes_with_others(place: int, answer: Any) -> None:
+    raise AssertionError("an answer that comes alone, of a model that answers batches")
+
+
+def _record(journal: "Journal", keys: Sequence[str], answers: Sequence[Any]) -> None:
+    """Record the answers of a batch, but for those that came alone, and what the journal's have cost."""
+    together = {key: answer for key, answer in zip(keys, answers, strict=True) if key not in journal}
+    journal.append(together if journal.meter is None else {**together, **journal.meter.used()})
+
+
+def read_usage(path: Path) -> Usage | None:
+    """Return what all answers of a journal have cost, without holding it; None where there is no such file.
+
+    Args:
+        path: The file; no other process may write it meanwhile.
+    """
+    if not path.is_file():
+        return None
+    used: dict[str, Any] = {}
+    mark = b'"usage '
+    with path.open("rb") as lines:
+        for line in lines:
+            if mark in line:
+                used |= {key: answer for key, answer in (_parse(line[:-1]) or {}).items() if is_usage(key)}
+    return total(used.values())
+
+
 class Journal:
-    """Answers by key, on disk before :meth:`append` returns. One process at a time may hold it."""
+    """Answers by key, on disk before :meth:`append` returns. One process at a time may hold it.
+
+    Attributes:
+        path: The file.
+        meter: Counts what answers cost; None where they cost nothing.
+        answers_alone: Whether an answer depends on nothing else that is asked, as a server's does.
+        at_once: Batches that are answered at the same time, each by another process.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open a journal, or start one.
@@ -114,6 +223,8 @@ class Journal:
         """
         self.path = path
         self.meter: Meter | None = None
+        self.answers_alone = False
+        self.at_once = 1
         self._answers: dict[str, Any] = {}
         self._synced = time.monotonic()
         try:

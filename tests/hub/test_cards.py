@@ -66,6 +66,11 @@ def facts() -> RunFacts:
         judge_settings={"drop_margin": 0.1},
         query_counts={"written": 400, "dropped_duplicate": 7},
         label_counts={"groups": 2},
+        costs={
+            "queries": {"calls": 400, "tokens_in": 90000, "tokens_out": 4000, "seconds": 31.5, "money": 0.0234},
+            "labels": {"calls": 1200, "tokens_in": 300000, "tokens_out": 0},
+        },
+        cost_per_group={"tokens": 197000.0},
         shortcut_auc={"length": 0.54, "bag_of_words": 0.61},
         training={
             "learning_rate": 2e-5,
@@ -299,3 +304,11 @@ def test_the_verdict_stands_in_the_card_whatever_it_is(tmp_path, facts, verdict)
     text = write_model_card(tmp_path, replace(facts, evaluations=[replace(evaluation(), verdict=verdict)])).read_text()
     assert (f"BM25's top 30.\n\n**{verdict}**\n\n" in text) == bool(verdict)
     assert "****" not in text
+
+
+def test_the_cost_is_a_row_a_stage_and_what_is_not_known_is_called_that(groups, facts):
+    card = dataset_card({"groups": groups}, facts)
+    assert "| queries | 400 | 90,000 | 4,000 | 31.5 | 0.0234 |\n" in card
+    assert "| labels | 1,200 | 300,000 | 0 | not known | not known |\n" in card
+    assert "\n\nFor each group 197,000 tokens. " in card
+    assert "What the language model took" not in dataset_card({"groups": groups}, replace(facts, costs={}))

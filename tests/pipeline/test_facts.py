@@ -346,3 +346,25 @@ def test_a_path_that_gets_into_a_file_all_the_same_stops_the_upload(finished, tm
     shutil.rmtree(root / "evaluation")
     assert main(arguments) == 2
     assert f"config.json holds the path {root} of this machine" in capsys.readouterr().err
+
+
+def test_the_card_of_the_dataset_says_what_the_language_model_took(copied):
+    run = copied()
+    facts = gather_facts(run)
+    assert list(facts.costs) == ["queries", "labels"]
+    for cost, name in zip(facts.costs.values(), ("queries", "groups"), strict=True):
+        used = run.manifest(name).facts["cost"]
+        assert {key: cost[key] for key in ("calls", "tokens_in", "tokens_out")} == {
+            key: used[key] for key in ("calls", "tokens_in", "tokens_out")
+        }
+        assert used["calls"] > 0
+    groups = run.manifest("groups").counts["groups"]
+    tokens = sum(cost["tokens_in"] + cost["tokens_out"] for cost in facts.costs.values())
+    seconds = sum(cost["seconds"] for cost in facts.costs.values())
+    assert facts.cost_per_group == {"tokens": tokens / groups, "seconds": seconds / groups}
+    assert "\n\nFor each group " in card(repos(run)[0])
+    for name in ("queries", "groups"):
+        (run.root / name / "journal.jsonl").unlink()
+    facts = gather_facts(run)
+    assert facts.cost_per_group == {"tokens": tokens / groups}
+    assert "| not known | not known |\n" in card(repos(run)[0])

@@ -1,8 +1,8 @@
 """Requests to one server or several: as many at once as they take, tried again as long as that can help.
 
-Each server has a limit of requests in flight. It falls when the server says that it is busy or does not
-answer in time, and rises while answers come as fast as they did with fewer. A server that is down is left
-alone for a while, and its requests go to the others.
+Each server has a limit of requests in flight. It falls to what the server took when it refuses one more, and when
+answers do not come in time, and rises while answers come as fast as they did with fewer. A server that is down is
+left alone for a while, and its requests go to the others.
 """
 
 import asyncio
@@ -14,10 +14,12 @@ import logging
 import math
 import random
 import time
+import urllib.request
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -31,6 +33,7 @@ _TRY_AGAIN = {409, 500}
 _SLOWER = 1.5  # answers that take so many times as long as the fastest mean: more at once would only queue
 _CUT = 0.7
 _START = 64
+_REST = 8  # answers for each request in flight before a server that refused one more is tried with more again
 _T = TypeVar("_T")
 
 
@@ -75,10 +78,13 @@ class _Lane:
     url: str
     most: int
     limit: float
+    proxy: str | None
     in_flight: int = 0
     failures: int = 0
     closed_until: float = 0.0
     cut_at: float = 0.0
+    resting: float = 0.0  # answers until the limit may rise again
+    before: float | None = None  # the limit before refusals with no answer between them
     means: list[float] = field(default_factory=lambda: [math.inf, math.nan])  # the fastest, the latest
 
     @property
@@ -87,15 +93,27 @@ class _Lane:
 
     def served(self, seconds: float) -> None:
         """Raise the limit while answers do not take longer for it."""
-        self.failures = 0
+        self.failures, self.before = 0, None
+        self.resting -= 1
         fastest, latest = self.means
         latest = seconds if math.isnan(latest) else 0.9 * latest + 0.1 * seconds
         self.means = [min(fastest, latest), latest]
-        if latest <= _SLOWER * self.means[0] and self.in_flight >= int(self.limit) - 1:
+        if latest <= _SLOWER * self.means[0] and self.in_flight >= int(self.limit) - 1 and self.resting <= 0:
             self.limit = min(self.limit + 1, float(self.most))
+
+    def full(self) -> bool:
+        """Lower the limit to what else is in flight, where a refusal can mean that there is no room for one more."""
+        if self.in_flight < 2:
+            return False
+        self.before = self.limit if self.before is None else self.before
+        self.limit = min(self.limit, self.in_flight - 1.0)
+        self.resting = _REST * self.limit
+        return True
 
     def refused(self, now: float, wait: float) -> None:
         """Lower the limit, once for all that were in flight together, and leave the server alone."""
+        if self.before is not None:  # none was taken: the server has not too little room, it is down
+            self.limit, self.before = self.before, None
         if now >= self.cut_at:
             self.limit = max(1.0, self.limit * _CUT)
             self.failures += 1
@@ -126,12 +144,15 @@ class Pool:
             patience: Seconds without an answer of any server after which a request is given up.
             most: Requests in flight at each server.
         """
-        self._lanes = [_Lane(url, limit, float(min(limit, _START))) for url, limit in zip(urls, most, strict=True)]
+        self._lanes = [
+            _Lane(url, limit, float(min(limit, _START)), _proxy_of(url)) for url, limit in zip(urls, most, strict=True)
+        ]
         self._token = token
         self._timeout = timeout
         self._retries = max(1, retries)
         self._patience = patience
-        self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+        self._waiting: collections.deque[asyncio.Future[_Lane]] = collections.deque()
+        self._alarm: asyncio.TimerHandle | None = None
         self._last_answer = -math.inf
 
     def run(self, requests: Sequence[Request], done: Callable[[int, Any], None] | None = None) -> list[Any]:
@@ -147,6 +168,7 @@ class Pool:
 
         async def every() -> list[Any]:
             self._waiting.clear()
+            self._alarm = None
             for lane in self._lanes:
                 lane.in_flight = 0
             async with self._session() as session:
@@ -189,15 +211,14 @@ class Pool:
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=self._timeout),
             connector=aiohttp.TCPConnector(limit=0),
-            trust_env=True,
         )
 
     async def _question(self, session: aiohttp.ClientSession, method: str, path: str, payload: Any) -> tuple[int, Any]:
-        url = self._lanes[0].url
+        url, proxy = self._lanes[0].url, self._lanes[0].proxy
         began = time.monotonic()
         for number in itertools.count(1):
             try:
-                async with session.request(method, url + path, json=payload) as response:
+                async with session.request(method, url + path, json=payload, proxy=proxy) as response:
                     body = await response.read()
                     if response.status not in _BUSY:
                         try:
@@ -224,7 +245,7 @@ class Pool:
             lane = await self._enter()
             began = time.monotonic()
             try:
-                async with session.post(lane.url + request.path, json=request.payload) as response:
+                async with session.post(lane.url + request.path, json=request.payload, proxy=lane.proxy) as response:
                     body = await response.read()
                     if response.status != 200:
                         raise _bad_status(response, body)
@@ -238,7 +259,8 @@ class Pool:
                 wait = _wait(error, max(number, lane.failures + 1))
                 # Without an answer to anything, the server is the trouble; with some, this request may be.
                 if _is_busy(error):
-                    lane.refused(now, min(wait, _LONGEST_WAIT))
+                    if not (_names_no_time(error) and lane.full()):
+                        lane.refused(now, min(wait, _LONGEST_WAIT))
                     silent = now - max(first, self._last_answer) > self._patience
                     poison = not isinstance(error, _BadStatusError) and self._last_answer > first
                     over = silent or wait > _LONGEST_WAIT or (poison and number >= self._retries)
@@ -258,31 +280,51 @@ class Pool:
 
     async def _enter(self) -> _Lane:
         """A server with room; waits until there is one."""
-        while True:
-            now = time.monotonic()
-            open_lanes = [lane for lane in self._lanes if lane.closed_until <= now]
-            lane = max(open_lanes, key=lambda lane: lane.room, default=None)
-            if lane is not None and lane.room > 0:
-                lane.in_flight += 1
-                return lane
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            if not open_lanes:
-                opens = min(lane.closed_until for lane in self._lanes)
-                asyncio.get_running_loop().call_later(max(opens - now, 0.001), self._wake)
-            await turn
+        lane = self._with_room()
+        if lane is not None:
+            lane.in_flight += 1
+            return lane
+        turn: asyncio.Future[_Lane] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._wake_when_open()
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._leave(turn.result())
+            raise
 
     def _leave(self, lane: _Lane) -> None:
         lane.in_flight -= 1
-        self._wake()
+        self._hand_out()
 
-    def _wake(self) -> None:
-        free = sum(max(lane.room, 0) for lane in self._lanes)
-        while free > 0 and self._waiting:
+    def _hand_out(self) -> None:
+        """Give those that wait the servers that have room, which are taken from then on."""
+        while self._waiting and (lane := self._with_room()) is not None:
             turn = self._waiting.popleft()
             if not turn.done():
-                turn.set_result(None)
-                free -= 1
+                lane.in_flight += 1
+                turn.set_result(lane)
+        if self._waiting:
+            self._wake_when_open()
+
+    def _with_room(self) -> _Lane | None:
+        """The open server that has most room; None where none has any."""
+        now = time.monotonic()
+        open_lanes = [lane for lane in self._lanes if lane.closed_until <= now]
+        lane = max(open_lanes, key=lambda lane: lane.room, default=None)
+        return lane if lane is not None and lane.room > 0 else None
+
+    def _wake_when_open(self) -> None:
+        """Come back when the next closed server opens: what is in flight elsewhere may take longer."""
+        now = time.monotonic()
+        opens = [lane.closed_until for lane in self._lanes if lane.closed_until > now]
+        if opens and self._alarm is None:
+            self._alarm = asyncio.get_running_loop().call_later(max(min(opens) - now, 0.001), self._open)
+
+    def _open(self) -> None:
+        self._alarm = None
+        self._hand_out()
 
     def _reason(self, error: BaseException) -> str:
         """What went wrong in one line, without the token."""
@@ -342,6 +384,20 @@ def _is_busy(error: BaseException) -> bool:
     if isinstance(error, _BadStatusError):
         return error.status in _BUSY
     return isinstance(error, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError, asyncio.TimeoutError))
+
+
+def _names_no_time(error: BaseException) -> bool:
+    """Whether a server refused a request, and did not say for how long it refuses more."""
+    return isinstance(error, _BadStatusError) and error.status in (429, 503) and error.after is None
+
+
+def _proxy_of(url: str) -> str | None:
+    """The proxy that the environment names for a URL. aiohttp would find it out for each request, in a thread."""
+    parts = urlsplit(url)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    return proxy if proxy is not None and proxy.startswith("http") else None
 
 
 def _wait(error: BaseException, number: int) -> float:

@@ -17,7 +17,7 @@ import re
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,10 @@ class Prompt:
     source: str
     chat_source: str | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Go to another process as the sources, which are compiled there."""
+        return Prompt, (self.name, self.source, self.chat_source)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the source, that of the chat included, 16 hex digits."""
@@ -102,7 +106,7 @@ class Prompt:
         data = _neutral(variables, self._look_alikes)
         text = Rendered(_render(self._template, self.name, data, lambda role, caller: f"{caller().strip()}\n\n"))
         text.has_control = _CONTROL.search(self.source) is not None
-        text._make_turns = lambda: self._turns(data)
+        text._make_turns = partial(self._turns, data)
         return text
 
     def _turns(self, data: Mapping[str, Any]) -> list[dict[str, str]]:

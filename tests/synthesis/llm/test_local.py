@@ -16,6 +16,7 @@ from lce_trainer.synthesis.llm.endpoint import EndpointLLM
 from lce_trainer.synthesis.llm.loading import load_llm
 from lce_trainer.synthesis.llm.local import TransformersLLM
 from lce_trainer.synthesis.llm.protocol import LLMConfig
+from lce_trainer.synthesis.prompts import Prompt
 
 FAMILIES = ["llama", "gemma2", "gemma3"]
 # transformers computes Gemma 2's attention weights in float32 whatever the model's dtype is.
@@ -270,3 +271,14 @@ def test_wrong_settings_are_named(folders, tmp_path):
 
 def test_an_endpoint_takes_the_place_of_a_local_model():
     assert isinstance(load_llm(LLMConfig(endpoint="http://localhost:1")), EndpointLLM)
+
+
+def test_a_model_without_a_chat_template_completes_and_its_identity_is_its_name(folders):
+    llm = TransformersLLM(LLMConfig(model=str(folders["llama"])))
+    assert llm.identity == llm.name
+    prompt = Prompt("short.jinja", "passage: {{ passage }} query:").render(passage="a bird lives in the old tree")
+    assert llm.reads(prompt) == str(prompt)
+    answers = llm.complete([prompt, str(prompt)], **sampling(2, seeds=[4, 4]))
+    assert answers[0] == answers[1]  # the turns that the prompt also has do not matter
+    with pytest.raises(LLMError, match=r"has no chat template, and llm\.chat is true: set llm\.chat=false"):
+        _ = TransformersLLM(LLMConfig(model=str(folders["llama"]), chat=True)).identity

@@ -134,3 +134,29 @@ def test_each_answer_of_a_server_is_handed_over_as_it_comes(server):
         each=came.__setitem__,
     )  # fmt: skip
     assert [came[place] for place in range(3)] == answers == ["about a", "about b", "about c"]
+
+
+def router(path: str, payload: dict) -> Any:
+    return {"data": [{"id": f"org/model-{number}"} for number in range(5)]} if path == "/v1/models" else None
+
+
+def silent(path: str, payload: dict) -> Any:
+    return _chat(payload) if path == "/v1/chat/completions" else None
+
+
+@pytest.mark.parametrize(
+    ("server", "lists"),
+    [(router, "lists 5 models (org/model-0, org/model-1, org/model-2, org/model-3, …)"), (silent, "lists no model")],
+    indirect=["server"],
+)
+def test_a_server_that_does_not_say_which_model_it_serves_is_refused(server, lists):
+    with pytest.raises(LLMError) as caught:
+        _ = connect(server).name
+    assert str(caught.value) == (
+        f"{server.url} does not say which model it serves (it {lists}): set llm.model to its id"
+    )
+
+
+@pytest.mark.parametrize("server", [silent], indirect=True)
+def test_the_recipe_s_model_is_what_a_server_that_lists_none_is_asked_for(server):
+    assert connect(server, model="org/mine").server.served == "org/mine"
