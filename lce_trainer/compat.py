@@ -95,7 +95,7 @@ NAMES = (
     ),
     Name(
         "transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref",
-        "distributed",
+        "compat",
         "under ZeRO-3 a model is made whole: the switch can be unset by a public function, and not set again",
     ),
     Name("transformers.cache_utils.DynamicLayer", "synthesis.llm.decode", "a cache with room for the tokens to come"),
@@ -286,8 +286,12 @@ def find_file(path: str, name: str) -> str | None:
 
 
 @contextmanager
-def without_zero3_init() -> Iterator[None]:
-    """Let transformers make models whole in this process, though its training arguments ask for DeepSpeed's ZeRO-3."""
+def without_sharding() -> Iterator[None]:
+    """Make whole models in this process, under DeepSpeed as well, which shards them when training starts.
+
+    Once its arguments ask for ZeRO-3, transformers would shard each weight as it is loaded: such a model cannot be
+    inspected, and would be saved under the names that checkpoints of years ago had.
+    """
     from transformers.integrations import deepspeed
 
     reference = deepspeed._hf_deepspeed_config_weak_ref

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 
-from lce_trainer.compat import gradients_held_back, without_zero3_init
+from lce_trainer.compat import gradients_held_back
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +54,6 @@ def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None and lists:
         plugin.transformer_cls_names_to_wrap = [type(max(lists, key=len)[0]).__name__]
-
-
-@contextmanager
-def without_sharding() -> Iterator[None]:
-    """Make whole models in this process, under DeepSpeed as well, which shards them when training starts.
-
-    Once its arguments ask for ZeRO-3, transformers would shard each weight as it is loaded: such a model cannot be
-    inspected, and would be saved under the names that checkpoints of years ago had.
-    """
-    with without_zero3_init():
-        yield
 
 
 def max_over_ranks(accelerator: Accelerator, *counts: int) -> list[int]:

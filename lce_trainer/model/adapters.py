@@ -14,8 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lce_trainer.compat import find_file
-from lce_trainer.distributed import without_sharding
+from lce_trainer.compat import find_file, without_sharding
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.families import head_modules
 from lce_trainer.model.yes_no import is_language_model

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lce_trainer.distributed import without_sharding
+from lce_trainer.compat import without_sharding
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.adapters import load_merged
 from lce_trainer.model.crossencoder import apply_prompt_settings, logit_score_tokens, read_json

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lce_trainer.distributed import without_sharding
+from lce_trainer.compat import without_sharding
 from lce_trainer.errors import LCETrainerError, LLMError
 from lce_trainer.synthesis.cost import Usage
 from lce_trainer.synthesis.llm.protocol import LLM, Each, Need
