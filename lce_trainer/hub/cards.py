@@ -21,6 +21,8 @@ from lce_trainer.errors import PublishError
 from lce_trainer.hub.privacy import is_local, names_only
 
 CARD = "README.md"
+LEARNING_CURVE = "learning_curve.svg"
+JUDGE_SCORES = "judge_scores.svg"
 _MEASURES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "map@10": "MAP@10"}
 _SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key)$")
 _MACHINE_KEY = re.compile(r"(^|_)(dir|path|folder|checkpoint|run_name|local_rank)$")
@@ -53,6 +55,7 @@ class Evaluation:
         notes: A sentence on what else to know, e.g. which candidates were reranked.
         verdict: One line: whether the model ranks better than the best of the others, by how much and how surely.
         synthetic: Whether a language model wrote the queries.
+        picture: Name of the picture of the table, among the pictures of the model's repo; empty if there is none.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Evaluation:
     notes: str = ""
     verdict: str = ""
     synthetic: bool = False
+    picture: str = ""
 
 
 @dataclass
@@ -106,6 +110,8 @@ class RunFacts:
             model is measured or chosen on.
         max_length: Tokens of query and passage the model reads.
         evaluations: Figures on human judgments, or on synthetic queries that are called that.
+        model_pictures: SVG of each picture of the model's repo, by its name there.
+        dataset_pictures: The same of the dataset's repo.
         libraries: Version of each library.
         example_query: For the code on the card.
         example_passages: For the code on the card.
@@ -141,6 +147,8 @@ class RunFacts:
     near_duplicates: int = 0
     max_length: int | None = None
     evaluations: Sequence[Evaluation] = ()
+    model_pictures: Mapping[str, str] = field(default_factory=dict)
+    dataset_pictures: Mapping[str, str] = field(default_factory=dict)
     libraries: Mapping[str, str] = field(default_factory=dict)
     example_query: str = "how do I remove white space from both ends of a string"
     example_passages: Sequence[str] = (
@@ -188,6 +196,7 @@ def model_card(folder: Path, facts: RunFacts, template: Path | None = None) -> s
         terms=_terms(facts.llm, facts.base_model),
         by_template=(folder / "chat_template.jinja").is_file(),
         by_answer=(folder / "modules.json").is_file(),
+        curve=LEARNING_CURVE if LEARNING_CURVE in facts.model_pictures else "",
     )
 
 
@@ -234,6 +243,7 @@ def dataset_card(artifacts: Mapping[str, Path], facts: RunFacts, template: Path 
         others={config: _rows(paths) for config, paths in tables.items() if config != "groups"},
         stages=_stages(facts),
         terms=_terms(facts.llm),
+        judge_scores=JUDGE_SCORES if JUDGE_SCORES in facts.dataset_pictures else "",
     )
 
 

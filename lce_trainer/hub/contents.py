@@ -101,7 +101,9 @@ def is_ours(repo_type: str, name: str) -> bool:
     return folder in CONFIGS and (file == MANIFEST or file.endswith(".parquet"))
 
 
-def model_repo(repo_id: str, folder: Path, card: str, recipe: str | None = None) -> Repo:
+def model_repo(
+    repo_id: str, folder: Path, card: str, recipe: str | None = None, pictures: Mapping[str, str] | None = None
+) -> Repo:
     """Return what goes to a model's repo.
 
     Args:
@@ -109,6 +111,7 @@ def model_repo(repo_id: str, folder: Path, card: str, recipe: str | None = None)
         folder: The model, as training saves it.
         card: Text of its ``README.md``.
         recipe: The recipe that made it, as YAML; None to send none.
+        pictures: SVG of each picture of the card, by its name.
 
     Raises:
         PublishError: The id is none, or the folder lacks what a model needs to be loaded.
@@ -121,6 +124,7 @@ def model_repo(repo_id: str, folder: Path, card: str, recipe: str | None = None)
         files[f"{_LOGIT_SCORE}/config.json"] = folder / _LOGIT_SCORE / "config.json"
     if recipe is not None:
         files[RECIPE] = recipe.encode()
+    files |= {name: text.encode() for name, text in (pictures or {}).items()}
     for what, patterns in (
         ("configuration", ("config.json", "adapter_config.json")),
         ("safetensors weights", ("*.safetensors",)),
@@ -138,7 +142,13 @@ def model_repo(repo_id: str, folder: Path, card: str, recipe: str | None = None)
     return Repo(_repo_id(repo_id), "model", files)
 
 
-def dataset_repo(repo_id: str, artifacts: Mapping[str, Path], card: str, left_out: Sequence[str] = ()) -> Repo:
+def dataset_repo(
+    repo_id: str,
+    artifacts: Mapping[str, Path],
+    card: str,
+    left_out: Sequence[str] = (),
+    pictures: Mapping[str, str] | None = None,
+) -> Repo:
     """Return what goes to the dataset's repo: a folder a config, with its tables and its manifest.
 
     Args:
@@ -147,12 +157,14 @@ def dataset_repo(repo_id: str, artifacts: Mapping[str, Path], card: str, left_ou
             if they are to go. Without ``passages`` the candidates go without their texts.
         card: Text of its ``README.md``.
         left_out: What does not go and why, for the report.
+        pictures: SVG of each picture of the card, by its name.
 
     Raises:
         PublishError: The id is none.
         ArtifactError: An artifact is missing, unfinished or damaged.
     """
     files: dict[str, Path | bytes] = {CARD: card.encode()}
+    files |= {name: text.encode() for name, text in (pictures or {}).items()}
     for config, folder in artifacts.items():
         manifest = read_manifest(folder, config)
         tables: dict[str, Path | bytes] = {name: folder / name for name in sorted(manifest.files)}

@@ -6,7 +6,7 @@ measured on those; such figures are called synthetic wherever they stand.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -159,6 +159,24 @@ def comparisons(evaluation: Manifest) -> list[str]:
     """Return the splits of the evaluation artifact that compare systems, one a set of judgments."""
     names = [file.removesuffix(".parquet") for file in evaluation.files]
     return [name for name in names if not name.endswith(_BY_QUERY)]
+
+
+def public_names(systems: Iterable[str], base: Path) -> dict[str, str]:
+    """Return each system's name without a path of the machine, still distinct.
+
+    Args:
+        systems: Names as the tables of the evaluation have them; they may repeat.
+        base: The recipe's folder, which names may be relative to.
+    """
+    public: dict[str, str] = {}
+    for system in dict.fromkeys(systems):
+        name = shown = names_only(system, base)
+        count = 1
+        while name in public.values():
+            count += 1
+            name = f"{shown} ({count})"
+        public[system] = name
+    return public
 
 
 def title_of(comparison: str) -> str:

@@ -13,10 +13,11 @@ import yaml
 from lce_trainer.artifacts import MANIFEST, Manifest, load_table, read_manifest
 from lce_trainer.errors import ArtifactError, ConfigError
 from lce_trainer.evaluation.report import markdown
-from lce_trainer.hub.cards import Evaluation, RunFacts, dataset_card, model_card
+from lce_trainer.hub.cards import JUDGE_SCORES, LEARNING_CURVE, Evaluation, RunFacts, dataset_card, model_card
 from lce_trainer.hub.contents import Repo, dataset_repo, model_repo
 from lce_trainer.hub.privacy import names_only
-from lce_trainer.pipeline.evaluate import RERANKER, SYNTHETIC, comparisons, title_of
+from lce_trainer.pipeline.charts import draw_comparison, draw_curve, draw_histograms, learning_curves, score_histograms
+from lce_trainer.pipeline.evaluate import FUSED, RERANKER, SYNTHETIC, comparisons, public_names, title_of
 from lce_trainer.pipeline.run import Run
 from lce_trainer.synthesis.journal import read_usage
 from lce_trainer.synthesis.labeling import LabelConfig
@@ -57,6 +58,7 @@ def gather_facts(run: Run) -> RunFacts:
         _add_labels(facts, read_manifest(folder, "groups"))
     if own:
         _add_sources(facts, run)
+    _add_pictures(facts, run, folder)
     if folder is not None:
         _add_costs(facts, {**({"queries": run.root / "queries"} if own else {}), "labels": folder})
     return facts
@@ -186,9 +188,23 @@ def _evaluations(run: Run, model: Manifest) -> list[Evaluation]:
                 notes=manifest.facts.get("notes", {}).get(split, ""),
                 verdict=manifest.facts.get("verdict", {}).get(split, ""),
                 synthetic=split == SYNTHETIC,
+                picture=f"{split}.svg",
             )
         )
     return evaluations
+
+
+def _add_pictures(facts: RunFacts, run: Run, groups: Path | None) -> None:
+    pictures = {}
+    for evaluation in facts.evaluations:
+        names = public_names([row["system"] for row in evaluation.rows], run.base)
+        pictures[evaluation.picture] = draw_comparison(evaluation.rows, names, FUSED)
+    charts = learning_curves(run.root / "logs" / "model.json")
+    if charts:
+        pictures[LEARNING_CURVE] = draw_curve(charts[0])
+    facts.model_pictures = pictures
+    charts = [] if groups is None else score_histograms(groups / "judged.parquet")
+    facts.dataset_pictures = {JUDGE_SCORES: draw_histograms(charts)} if charts else {}
 
 
 def repos(run: Run, include_passages: bool = False) -> tuple[Repo, ...]:
@@ -220,10 +236,12 @@ def repos(run: Run, include_passages: bool = False) -> tuple[Repo, ...]:
             if config.license is None and not include_passages:
                 del artifacts["passages"]
                 left_out = ["passages: there is no licence for them; set publish.license, or add --include-passages"]
-        made.append(dataset_repo(config.dataset_id, artifacts, dataset_card(artifacts, facts), left_out))
+        made.append(
+            dataset_repo(config.dataset_id, artifacts, dataset_card(artifacts, facts), left_out, facts.dataset_pictures)
+        )
     if config.model_id is not None:
         model = run.root / "model"
-        made.append(model_repo(config.model_id, model, model_card(model, facts), _recipe(run)))
+        made.append(model_repo(config.model_id, model, model_card(model, facts), _recipe(run), facts.model_pictures))
     return tuple(made)
 
 

@@ -2,18 +2,15 @@
 
 import json
 import logging
-import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import datasets
 import jinja2
 import numpy as np
-import pyarrow.parquet as pq
 
 import lce_trainer
 from lce_trainer.artifacts import MANIFEST, Manifest
@@ -22,7 +19,8 @@ from lce_trainer.evaluation.metrics import MEASURES
 from lce_trainer.evaluation.report import MEASURE_NAMES, baseline_of, parts, verdict, wins_and_losses
 from lce_trainer.groups.convert import load_groups
 from lce_trainer.hub.privacy import names_only
-from lce_trainer.pipeline.evaluate import FUSED, RERANKER, SYNTHETIC, comparisons, query_table, title_of
+from lce_trainer.pipeline.charts import Axis, learning_curves, score_histograms
+from lce_trainer.pipeline.evaluate import FUSED, RERANKER, SYNTHETIC, comparisons, public_names, query_table, title_of
 from lce_trainer.pipeline.run import Run
 
 logger = logging.getLogger(__name__)
@@ -44,7 +42,6 @@ _STAGES = {
 _SECRET = re.compile(r"(^|_)(token|secret|password|api_key)$")
 _EXAMPLES = 3  # groups
 _NEGATIVES = 5  # of a group that are shown
-_BINS = 24
 
 
 def write_report(run: Run) -> Path | None:
@@ -89,9 +86,9 @@ def render_report(run: Run) -> str:
         name=run.root.name,
         version=lce_trainer.__version__,
         comparisons=_comparisons(run, manifests["evaluation"]) if "evaluation" in manifests else [],
-        curves=_curves(run) if "model" in manifests else [],
+        curves=learning_curves(run.root / "logs" / "model.json") if "model" in manifests else [],
         training=_training(manifests["model"]) if "model" in manifests else {},
-        histograms=_histograms(run.root / "groups" / "judged.parquet") if "groups" in manifests else [],
+        histograms=score_histograms(run.root / "groups" / "judged.parquet") if "groups" in manifests else [],
         judge=manifests["groups"].config.get("judge") if "groups" in manifests else None,
         source_first=facts.get("source_first", {}),
         human=facts.get("judge_on_human_labels", {}),
@@ -209,7 +206,7 @@ def _comparisons(run: Run, manifest: Manifest) -> list[dict[str, Any]]:
 
 def _comparison(run: Run, manifest: Manifest, name: str) -> dict[str, Any]:
     results = run.table("evaluation", name)
-    public = _public_names(run, results)
+    public = public_names(results["system"], run.base)
     rows = [{**row, "system": public[row["system"]]} for row in results.to_list()]
     results = datasets.Dataset.from_list(rows, features=results.features)
     baseline = baseline_of(results)
@@ -218,7 +215,7 @@ def _comparison(run: Run, manifest: Manifest, name: str) -> dict[str, Any]:
     for row in results.to_list():
         systems.setdefault(row["system"], {})[row["measure"]] = row
     ndcg = [measures["ndcg@10"] for measures in systems.values()]
-    axis = _Axis(min(row["ci_low"] for row in ndcg), max(row["ci_high"] for row in ndcg), least=0.0, most=1.0)
+    axis = Axis(min(row["ci_low"] for row in ndcg), max(row["ci_high"] for row in ndcg), least=0.0, most=1.0)
     queries = query_table(run, name)
     found: dict[str, Any] = {
         "title": title_of(name),
@@ -243,84 +240,6 @@ def _comparison(run: Run, manifest: Manifest, name: str) -> dict[str, Any]:
     return found
 
 
-def _public_names(run: Run, results: datasets.Dataset) -> dict[str, str]:
-    """Return each system's name without a path of the machine, still distinct."""
-    public: dict[str, str] = {}
-    for system in dict.fromkeys(results["system"]):
-        name = base = names_only(system, run.base)
-        count = 1
-        while name in public.values():
-            count += 1
-            name = f"{base} ({count})"
-        public[system] = name
-    return public
-
-
-class _Axis:
-    """An axis from one round number to another; places on it are percent of its length."""
-
-    def __init__(self, low: float, high: float, least: float = -math.inf, most: float = math.inf) -> None:
-        span = max(high - low, 1e-9)
-        step = 10.0 ** math.floor(math.log10(span / 3))
-        step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 5)
-        self.low = max(math.floor(low / step + 1e-9) * step, least)
-        self.high = min(math.ceil(high / step - 1e-9) * step, most)
-        if self.high <= self.low:
-            self.low, self.high = self.low - step, self.high + step
-        digits = max(0, -math.floor(math.log10(step) + 1e-9))
-        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        self.ticks = [(f"{i * step:,.{digits}f}", self.at(i * step)) for i in range(first, last + 1)]
-
-    def at(self, value: float) -> float:
-        """Return the place of a value, in percent."""
-        return round(100 * (value - self.low) / (self.high - self.low), 2)
-
-
-def _curves(run: Run) -> list[dict[str, Any]]:
-    """Return the charts of the training: dev nDCG@10, and the loss beside that of guessing."""
-    path = run.root / "logs" / "model.json"
-    if not path.is_file():
-        return []
-    state = json.loads(path.read_text(encoding="utf-8"))
-    log = state["log_history"]
-    wanted = (
-        ("nDCG@10 on the dev queries", {"eval_ndcg@10": "dev nDCG@10"}),
-        ("Training loss", {"loss": "loss", "loss_if_guessing": "loss of guessing"}),
-    )
-    steps = [entry["step"] for entry in log]
-    charts = []
-    for title, keys in wanted:
-        lines = {
-            label: [(entry["step"], entry[key]) for entry in log if isinstance(entry.get(key), (int, float))]
-            for key, label in keys.items()
-        }
-        lines = {
-            label: [(step, value) for step, value in points if math.isfinite(value)] for label, points in lines.items()
-        }
-        values = [value for points in lines.values() for _, value in points]
-        if not values:
-            continue
-        x, y = _Axis(0, max(steps)), _Axis(min(values), max(values))
-        best = state.get("best_global_step") if "eval_ndcg@10" in keys else None
-        charts.append(
-            {
-                "title": title,
-                "x": x,
-                "y": y,
-                "chosen": best,
-                "lines": [
-                    (
-                        label,
-                        [(x.at(step), round(100 - y.at(value), 2), step, value) for step, value in points],
-                    )
-                    for label, points in lines.items()
-                    if points
-                ],
-            }
-        )
-    return charts
-
-
 def _training(model: Manifest) -> dict[str, str]:
     """Return what the training came to, as words."""
     found = {}
@@ -337,47 +256,6 @@ def _training(model: Manifest) -> dict[str, str]:
         if (value := first_stage.get(f"dev_ndcg@10_{name}")) is not None:
             found[f"dev nDCG@10, {name.replace('_', ' ')}"] = f"{value:.3f}"
     return found
-
-
-def _histograms(path: Path) -> list[dict[str, Any]]:
-    """Return what judge, encoder and teacher gave source passages and other candidates, in bins."""
-    if not path.is_file():
-        return []
-    judged = pq.read_table(path)
-    is_source = judged["is_source"].to_numpy()
-    charts = []
-    for column, title in (
-        ("judge_score", "Score of the judge"),
-        ("cosine", "Cosine of the encoder"),
-        ("teacher_score", "Teacher: the soft label, in standard deviations of the query's candidates"),
-    ):
-        values = judged[column].to_numpy().astype(np.float64)
-        known = np.isfinite(values)
-        if not known.any():
-            continue
-        low, high = np.percentile(values[known], [0.5, 99.5])
-        axis = _Axis(float(low), float(high))
-        edges = np.linspace(axis.low, axis.high, _BINS + 1)
-        kinds = []
-        for name, mine in (("source passages", is_source), ("other candidates", ~is_source)):
-            inside = np.clip(values[mine & known], axis.low, axis.high)  # what lies beyond counts in the last bin
-            if len(inside):
-                share = np.histogram(inside, edges)[0] / len(inside)
-                kinds.append((name, len(inside), float(np.median(inside)), share))
-        top = max(float(share.max()) for *_, share in kinds)
-        charts.append(
-            {
-                "title": title,
-                "axis": axis,
-                "unknown": int((~known).sum()),
-                "kinds": [
-                    (name, count, median, axis.at(median), [round(100 * float(value) / top, 2) for value in share])
-                    for name, count, median, share in kinds
-                ],
-                "places": [(axis.at(a), round(axis.at(b) - axis.at(a), 2)) for a, b in pairwise(edges.tolist())],
-            }
-        )
-    return charts
 
 
 def _counts(manifest: Manifest) -> tuple[list[tuple[str, int]], list[str]]:

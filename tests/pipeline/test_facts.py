@@ -4,11 +4,13 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,10 +26,12 @@ from lce_trainer.artifacts import manifest_text, read_manifest
 from lce_trainer.cli import main
 from lce_trainer.errors import ArtifactError, ConfigError
 from lce_trainer.hub.contents import Repo
+from lce_trainer.pipeline.charts import draw_comparison
 from lce_trainer.pipeline.facts import _language, gather_facts, repos
 from lce_trainer.pipeline.run import Run, open_run
 from lce_trainer.synthesis.retrieval.dense import Encoder
 
+SVG = "{http://www.w3.org/2000/svg}"
 ALL = ("passages", "queries", "candidates", "groups", "model", "evaluation")
 NAMES = ("publish.model_id=user/fish", "publish.dataset_id=user/fish-groups")
 
@@ -368,3 +372,41 @@ def test_the_card_of_the_dataset_says_what_the_language_model_took(copied):
     facts = gather_facts(run)
     assert facts.cost_per_group == {"tokens": tokens / groups}
     assert "| not known | not known |\n" in card(repos(run)[0])
+
+
+def test_the_cards_hold_pictures_of_the_figures_and_of_the_judges_scores(finished):
+    run = open_run(finished.recipe, [*NAMES])
+    dataset, model = repos(run)
+    results = run.table("evaluation", "in_domain")
+    named = {}
+    for repo in (dataset, model):
+        card = repo.files["README.md"].decode()
+        named[repo.repo_type] = re.findall(r"!\[[^]]+\]\(([^)]+)\)", card)
+        assert set(named[repo.repo_type]) == {name for name in repo.files if name.endswith(".svg")}
+    assert named == {"dataset": ["judge_scores.svg"], "model": ["in_domain.svg", "learning_curve.svg"]}
+    for content in (dataset.files["judge_scores.svg"], *(model.files[name] for name in named["model"])):
+        root = ElementTree.fromstring(content)
+        _, _, width, height = map(float, root.attrib["viewBox"].split())
+        for element in root.iter():  # nothing is drawn beside the picture
+            for key in ("x", "x1", "x2", "cx"):
+                assert 0 <= float(element.attrib.get(key, 0)) <= width
+            for key in ("y", "y1", "y2", "cy"):
+                assert 0 <= float(element.attrib.get(key, 0)) <= height
+    texts = [text.text for text in ElementTree.fromstring(model.files["in_domain.svg"]).iter(f"{SVG}text")]
+    for row in results.filter(lambda row: row["measure"] == "ndcg@10"):
+        assert f"{row['mean']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]" in texts and row["system"] in texts
+
+
+def test_a_picture_takes_names_for_text_and_cuts_long_ones():
+    rows = [
+        {"system": name, "measure": "ndcg@10", "mean": mean, "ci_low": 0.4, "ci_high": 0.6, "difference": difference}
+        | {"queries": 1234}
+        for name, mean, difference in (("a", 0.5, None), ("b", 0.55, 0.05))
+    ]
+    text = draw_comparison(rows, {"a": "<script>" * 9, "b": "m&m"}, "b")
+    root = ElementTree.fromstring(text)
+    texts = [element.text for element in root.iter(f"{SVG}text")]
+    assert "m&m" in texts and ("<script>" * 9)[:33] + "…" in texts
+    assert "over 1234 queries" in root.attrib["aria-label"]
+    circles = [float(element.attrib["cx"]) for element in root.iter(f"{SVG}circle")]
+    assert circles == [262 + 270 * 0.5, 262 + 270 * 0.75]  # 0.5 and 0.55 on an axis from 0.4 to 0.6
