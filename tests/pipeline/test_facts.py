@@ -331,7 +331,7 @@ def test_nothing_that_is_uploaded_names_a_path_of_the_machine(tmp_path):
             if name.endswith(".parquet"):
                 table = pq.read_table(io.BytesIO(data))
                 assert "alice" not in json.dumps(table.to_pylist()) and "alice" not in str(table.schema), name
-    assert len(uploaded["dataset", "user/fish-groups"]) == 10
+    assert len(uploaded["dataset", "user/fish-groups"]) == 11  # a picture among them
 
 
 def test_a_path_that_gets_into_a_file_all_the_same_stops_the_upload(finished, tmp_path, capsys):
