@@ -49,6 +49,14 @@ _CONVERT_EPILOG = """\
 A modular CrossEncoder of sentence-transformers, such as Ettin's, becomes the AutoModelForSequenceClassification that
 computes the same scores; adapters are merged into their base. What cannot be converted exactly is refused.
 """
+_EXPORT_EPILOG = """\
+The file is onnx/model.onnx beside config.json and the tokenizer: in the model's own folder, or in that of --out. It is
+compared with the model on drawn pairs, and is not left there if a score differs by 1e-4 or more.
+
+examples:
+  lce-trainer export runs/quickstart/model --to onnx --int8
+  lce-trainer export you/reranker --to onnx --out onnx-model --recipe recipe.yaml
+"""
 _INIT_EPILOG = """\
 examples:
   lce-trainer init docs/
@@ -186,6 +194,12 @@ def parser() -> argparse.ArgumentParser:
     convert = add("convert", "write a reranker as a plain checkpoint, without training", _CONVERT_EPILOG)
     convert.add_argument("source", help="a Hub id or folder: a modular CrossEncoder, or adapters with their base")
     convert.add_argument("folder", type=Path, help="the folder to write, new or empty")
+    export = add("export", "write a reranker for ONNX Runtime, and measure what that changes", _EXPORT_EPILOG)
+    export.add_argument("model", help="a Hub id or folder of a reranker")
+    export.add_argument("--to", choices=["onnx"], required=True, help="the format to write")
+    export.add_argument("--int8", action="store_true", help="write an int8 form besides, with dynamic quantization")
+    export.add_argument("--out", type=Path, metavar="DIR", help="the folder to write, new or empty (the model's own)")
+    export.add_argument("--recipe", type=Path, help="compare the rankings on this recipe's evaluate.dev_queries too")
     return command_line
 
 
@@ -226,6 +240,9 @@ def _run(arguments: argparse.Namespace) -> int:
             return 0
         if arguments.command == "convert":
             print(_convert(arguments.source, arguments.folder))
+            return 0
+        if arguments.command == "export":
+            print(_export(arguments))
             return 0
         from lce_trainer.artifacts import writing
         from lce_trainer.pipeline.run import open_run
@@ -300,6 +317,28 @@ def _convert(source: str, folder: Path) -> str:
     reranker = Reranker.from_pretrained(source, device="cpu", packing="none")
     reranker.save_pretrained(folder)
     return f"Wrote {folder}, a plain {type(reranker.model).__name__} that scores as {source} does."
+
+
+def _export(arguments: argparse.Namespace) -> str:
+    """Write a reranker for another runtime and return what that changes."""
+    from lce_trainer.model.export import describe_export, export_onnx
+
+    if arguments.recipe is None:
+        folder, exported = export_onnx(arguments.model, arguments.out, int8=arguments.int8)
+        return f"Wrote {folder / 'onnx'}.\n\n{describe_export(exported)}"
+    from lce_trainer.artifacts import writing
+    from lce_trainer.evaluation.report import table
+    from lce_trainer.pipeline.evaluate import compare_on_dev, dev_queries_of
+    from lce_trainer.pipeline.run import open_run
+    from lce_trainer.pipeline.stages import read_corpus
+
+    run = open_run(arguments.recipe)
+    dev_queries_of(run)
+    folder, exported = export_onnx(arguments.model, arguments.out, int8=arguments.int8)
+    with writing(run.root), run.held():
+        read_corpus(run)
+        compared = compare_on_dev(run, {name: one.reranker for name, one in exported.items()})
+    return f"Wrote {folder / 'onnx'}.\n\n{describe_export(exported)}\n\nOn the dev queries:\n{table(compared)}"
 
 
 def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:

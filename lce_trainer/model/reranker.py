@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -80,6 +80,7 @@ class Reranker:
         max_length: int | None = None,
         yes_no: bool | None = None,
         packing: Literal["auto", "none"] = "auto",
+        backend: Literal["torch", "onnx", "onnx-int8"] = "torch",
     ) -> "Reranker":
         """Load a reranker.
 
@@ -92,20 +93,45 @@ class Reranker:
                 of a checkpoint which says so.
             packing: With auto pairs are scored without padding where the model's family can be, and
                 with none padded.
+            backend: With onnx and onnx-int8 ONNX Runtime scores on the CPU, with the file that ``lce-trainer export``
+                has written; pairs are padded then, and device, dtype and yes_no are not chosen.
 
         Raises:
             TrainingError: There is no such model, its checkpoint lacks weights or a tokenizer, or it is not a reranker
                 with one label.
-            ConfigError: The package of a ``package:`` name is missing, or there is no such device or dtype.
+            ConfigError: The package of a ``package:`` name is missing, there is no such device, dtype or backend, or
+                ONNX Runtime is not installed.
         """
+        if backend != "torch":
+            return cls._from_onnx(name, backend, max_length, device=device, dtype=dtype, yes_no=yes_no)
         place = _resolve_device(device)
         if not isinstance(dtype, torch.dtype) and dtype not in (None, "auto", *DTYPES):
             raise ConfigError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, not {dtype!r}")
         model = load_model(name, dtype=dtype or "auto", yes_no=yes_no, trained=True)
         return cls(model.to(place), load_tokenizer(name), max_length=max_length, packing=packing)
 
+    @classmethod
+    def _from_onnx(cls, name: str | Path, backend: str, max_length: int | None, **chosen: Any) -> "Reranker":
+        from lce_trainer.model.onnx import FILES, load_onnx  # which needs packages of an extra
+
+        if backend not in FILES:
+            raise ConfigError(f"backend must be one of torch, {', '.join(FILES)}, not {backend!r}")
+        wrong = {key: value for key, value in chosen.items() if value is not None and str(value) != "cpu"}
+        if wrong:
+            key, value = next(iter(wrong.items()))
+            raise ConfigError(
+                f"{key}={str(value)!r} cannot be chosen with backend={backend!r}, whose file scores on a CPU"
+            )
+        return cls(load_onnx(name, backend), load_tokenizer(name), max_length=max_length, packing="none")
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a plain checkpoint; adapters that were loaded are part of it."""
+        """Write a plain checkpoint; adapters that were loaded are part of it.
+
+        Raises:
+            TrainingError: The backend is ONNX, whose file is no checkpoint.
+        """
+        if not hasattr(self.model, "save_pretrained"):
+            raise TrainingError("an ONNX file cannot be saved as a checkpoint: copy its folder, or load it with torch")
         save_reranker(self.model, self.tokenizer, self.max_length, Path(folder))
 
     def score(

@@ -260,6 +260,32 @@ def dev_groups(run: Run, top_k: int, limit: int | None) -> datasets.Dataset:
     )
 
 
+def dev_queries_of(run: Run) -> str:
+    """Return the recipe's file of human dev queries.
+
+    Raises:
+        ConfigError: It names none.
+    """
+    if run.recipe.evaluate.dev_queries is None:
+        raise ConfigError("there are no dev queries to compare rankings on: set evaluate.dev_queries in the recipe")
+    return run.recipe.evaluate.dev_queries
+
+
+def compare_on_dev(run: Run, rerankers: Mapping[str, Reranker]) -> datasets.Dataset:
+    """Compare forms of one reranker on the human dev queries, over the candidates of the first stage.
+
+    Args:
+        run: The recipe; its passages were read.
+        rerankers: By name; the others are tested against the first.
+
+    Raises:
+        ConfigError: The recipe names no dev queries.
+    """
+    judged, _ = _in_domain(run, dev_queries_of(run), run.recipe.evaluate.max_dev_queries)
+    systems = {name: rerank(judged.queries, judged.pools, one.score) for name, one in rerankers.items()}
+    return compare(systems, judged.qrels, baseline=next(iter(systems)), seed=run.recipe.seed)
+
+
 def choose_first_stage_weight(run: Run, model: Path) -> dict[str, float]:
     """Find on the human dev queries how much the first stage's scores count beside the reranker's.
 
