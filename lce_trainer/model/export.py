@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lce_trainer.errors import ConfigError, TrainingError
-from lce_trainer.model.families import has_trained_head
+from lce_trainer.model.families import family_of, has_trained_head
 from lce_trainer.model.loading import load_config
 from lce_trainer.model.onnx import FILES, OnnxModel, quantize, require, write_onnx
 from lce_trainer.model.reranker import Reranker
@@ -120,8 +120,9 @@ def _target(name: str, folder: Path | None) -> tuple[Path, bool]:
             raise ConfigError(f"{folder} is not empty: name a new folder with --out, so that nothing is overwritten")
         return folder, False
     own = Path(name)
-    plain = own.is_dir() and not (own / "adapter_config.json").exists() and has_trained_head(load_config(name))
-    if not plain:
+    plain = own.is_dir() and not (own / "adapter_config.json").exists()
+    config = load_config(name) if plain else None
+    if config is None or not (has_trained_head(config) or family_of(config).is_decoder):  # a decoder is refused later
         raise ConfigError(f"{name} is not the folder of a plain checkpoint: name a folder to write with --out")
     if (own / "onnx").exists():
         raise ConfigError(f"{own / 'onnx'} is there already: delete it, or name a new folder with --out")
