@@ -65,7 +65,7 @@ def test_every_command_parses_and_its_recipe_reads(command, monkeypatch, tmp_pat
     if not recipe.is_file():  # one that the reader writes, or has written by init
         recipe = tmp_path / "recipe.yaml"
         recipe.touch()
-    open_run(recipe, [*arguments.overrides, *overrides])
+    open_run(recipe, [*getattr(arguments, "overrides", []), *overrides])
 
 
 @pytest.mark.parametrize("command", commands("accelerate launch"))
