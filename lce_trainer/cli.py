@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lce_trainer
 from lce_trainer.errors import FirstProcessError, LCETrainerError
@@ -69,6 +69,17 @@ Label 50 to 100 pairs: a file of rows of query, passage and label, above 0 where
 examples:
   lce-trainer judges recipe.yaml --pairs labelled.csv
   lce-trainer judges recipe.yaml --judge verdict --judge reranker label.reranker=BAAI/bge-reranker-base
+"""
+_CALIBRATE_EPILOG = """\
+The pairs are a file of rows of query, passage and label, above 0 where the passage answers the query, and none of them
+may have been trained on. With a recipe, whose model is then calibrated, they may be left out: its dev queries are used,
+or else the groups held out from training. The model then gives probabilities where they are wanted,
+Reranker.rank(..., calibrated=True); its logits stay what they are.
+
+examples:
+  lce-trainer calibrate recipe.yaml --precision 0.8
+  lce-trainer calibrate models/mine --pairs labelled.csv
+  lce-trainer calibrate BAAI/bge-reranker-base --pairs labelled.csv --output models/calibrated
 """
 _CONFIG_EPILOG = """\
 examples:
@@ -200,6 +211,19 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--int8", action="store_true", help="write an int8 form besides, with dynamic quantization")
     export.add_argument("--out", type=Path, metavar="DIR", help="the folder to write, new or empty (the model's own)")
     export.add_argument("--recipe", type=Path, help="compare the rankings on this recipe's evaluate.dev_queries too")
+    calibrate = add("calibrate", "make probabilities of a reranker's scores, by labelled pairs", _CALIBRATE_EPILOG)
+    calibrate.add_argument("model", help="a folder or Hub id, or a recipe (.yaml) whose model is calibrated")
+    calibrate.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
+    calibrate.add_argument("--pairs", metavar="FILE", help="labelled pairs, a file of rows of query, passage and label")
+    calibrate.add_argument(
+        "--precision", type=float, metavar="P", help="find the cut-off above which this share of passages answers"
+    )
+    calibrate.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="write a copy of the model, and change nothing"
+    )
+    calibrate.add_argument(
+        "--no-wait", action="store_true", help="fail if another command works in the run folder, do not wait for it"
+    )
     return command_line
 
 
@@ -243,6 +267,9 @@ def _run(arguments: argparse.Namespace) -> int:
             return 0
         if arguments.command == "export":
             print(_export(arguments))
+            return 0
+        if arguments.command == "calibrate":
+            _calibrate(arguments)
             return 0
         from lce_trainer.artifacts import writing
         from lce_trainer.pipeline.run import open_run
@@ -339,6 +366,28 @@ def _export(arguments: argparse.Namespace) -> str:
         read_corpus(run)
         compared = compare_on_dev(run, {name: one.reranker for name, one in exported.items()})
     return f"Wrote {folder / 'onnx'}.\n\n{describe_export(exported)}\n\nOn the dev queries:\n{table(compared)}"
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    """Calibrate a model, or that of a recipe, and print the figures."""
+    from lce_trainer.artifacts import writing
+    from lce_trainer.errors import ConfigError
+    from lce_trainer.pipeline.calibrate import calibrate_model, calibrate_run, describe_calibration
+    from lce_trainer.pipeline.run import open_run
+
+    def report(found: dict[str, Any]) -> None:
+        page = "" if found["page"] is None else f"\n\nreport: {found['page']}"
+        print(f"{describe_calibration(found)}{page}")
+
+    chosen = arguments.pairs, arguments.precision, arguments.output
+    if Path(arguments.model).suffix in (".yaml", ".yml"):
+        run = open_run(Path(arguments.model), arguments.overrides)
+        with writing(run.root), run.held(wait=not arguments.no_wait):
+            run.lead(lambda: report(calibrate_run(run, *chosen)))
+        return
+    if arguments.overrides:
+        raise ConfigError(f"{arguments.overrides[0]} overrides a recipe, and {arguments.model} is none")
+    report(calibrate_model(arguments.model, *chosen))
 
 
 def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:

@@ -15,6 +15,7 @@ import pytest
 from docs.design.draw import DRAWING, arrows, draw
 from helpers.snippets import run_code
 from lce_trainer.cli import main
+from lce_trainer.model.saving import write_calibration
 from lce_trainer.pipeline.reference import recipe_sections
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +36,7 @@ def snippets(page: Path) -> list[str]:
 def given(tmp_path: Path, tiny_reranker: Path) -> Path:
     """A folder with the files that the pages name."""
     shutil.copytree(tiny_reranker, tmp_path / "runs" / "quickstart" / "model")
+    write_calibration(tmp_path / "runs" / "quickstart" / "model", {"slope": 2.0, "intercept": -1.0})
     (tmp_path / "pairs.tsv").write_text("what is red\ta red fish\nwhat is blue\ta blue bird\n")
     rows = [{"query": f"what is {i}", "pos": ["red fish"], "neg": [f"bird {i}", "river"]} for i in range(4)]
     (tmp_path / "flag.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

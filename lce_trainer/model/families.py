@@ -9,6 +9,7 @@ states, one product makes all three. Both are exact, forward and backward.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -138,6 +139,39 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 def is_head_weight(model: PreTrainedModel, key: str) -> bool:
     """Return whether a weight of this name lies between the last layer and the score."""
     return key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0] in head_modules(model)
+
+
+@contextmanager
+def float32_head(model: nn.Module) -> Iterator[None]:
+    """Let the last layer of a classifier in half precision compute its logits in float32.
+
+    The state that it reads stays as it is. A logit that is rounded to 8 or 11 bits would be equal to that of many other
+    pairs. A language model that answers yes or no has its own way, see :mod:`lce_trainer.model.yes_no`.
+
+    Args:
+        model: A classifier with one label; one in float32 or wider is left alone.
+    """
+    heads = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and module.out_features == 1 and module.weight.dtype.itemsize < 4
+    ]
+    before = [module.__dict__.get("forward") for module in heads]
+    for module in heads:
+        vars(module)["forward"] = partial(_float32_linear, module)
+    try:
+        yield
+    finally:
+        for module, forward in zip(heads, before, strict=True):
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = forward
+
+
+def _float32_linear(layer: nn.Linear, states: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.float()
+    return functional.linear(states.float(), layer.weight.float(), bias)
 
 
 def _project(states: Tensor, layers: Sequence[Any], size: int) -> Sequence[Tensor]:

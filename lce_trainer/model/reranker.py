@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lce_trainer.errors import ConfigError, TrainingError
 from lce_trainer.hardware import DTYPES, best_device
+from lce_trainer.model.families import float32_head
 from lce_trainer.model.loading import configure_pairs, load_model, load_tokenizer, longest_input
 from lce_trainer.model.packed.packing import batch_scores, disable_packing, enable_packing
 from lce_trainer.model.saving import save_reranker
@@ -24,7 +25,7 @@ class RankedPassage:
 
     Attributes:
         index: Among the passages that were ranked.
-        score: Raw logit.
+        score: Raw logit, or a probability where :meth:`Reranker.rank` was called for one.
         passage: Its text.
     """
 
@@ -141,6 +142,7 @@ class Reranker:
         batch_tokens: int | None = None,
         progress: bool = False,
         accelerator: Accelerator | None = None,
+        calibrated: bool = False,
     ) -> np.ndarray:
         """Score queries with passages.
 
@@ -154,23 +156,51 @@ class Reranker:
             progress: Show a bar.
             accelerator: Share the pairs among the processes that ``accelerate launch`` started. Every process must
                 call, with the same pairs in the same order, and gets all scores. If None, this process scores all.
+            calibrated: Return the probability that the passage answers the query, by the calibration that
+                ``lce-trainer calibrate`` has written into the model's config:
+                ``sigmoid(slope * logit + intercept)``.
 
         Returns:
-            Raw logits, float32, shape ``(pairs,)``; higher is more relevant.
+            Raw logits, or probabilities, float32, shape ``(pairs,)``; higher is more relevant. Also a model in half
+            precision computes the last product in float32.
 
         Raises:
+            ConfigError: The model has no calibration.
             TrainingError: Something is not a pair of strings, ``batch_tokens`` is less than 1, or processes that
                 share the pairs were given different ones.
         """
-        return score_pairs(
-            lambda batch: batch_scores(self.model, batch, self.model, self.tokenizer, self.model.device),
-            self.tokenizer,
-            pairs,
-            self.max_length,
-            tokens_at_once(batch_tokens, self.model.device),
-            accelerator,
-            disable=not (progress and (accelerator is None or accelerator.is_local_main_process)),
-        )
+        slope, intercept = self._calibration() if calibrated else (1.0, 0.0)
+        with float32_head(self.model):
+            logits = score_pairs(
+                lambda batch: batch_scores(self.model, batch, self.model, self.tokenizer, self.model.device),
+                self.tokenizer,
+                pairs,
+                self.max_length,
+                tokens_at_once(batch_tokens, self.model.device),
+                accelerator,
+                disable=not (progress and (accelerator is None or accelerator.is_local_main_process)),
+            )
+        return _probabilities(logits, slope, intercept) if calibrated else logits
+
+    def _calibration(self) -> tuple[float, float]:
+        """Return slope and intercept of the probabilities' logits.
+
+        Raises:
+            ConfigError: The model's config has none, or what it has is none.
+        """
+        found = getattr(self.model.config, "calibration", None)
+        if found is None:
+            raise ConfigError(
+                "the model has no calibration, so its scores are no probabilities: run lce-trainer calibrate with "
+                "labelled pairs that it was not trained on"
+            )
+        values = [found.get(key) for key in ("slope", "intercept")] if isinstance(found, dict) else [None]
+        if not all(isinstance(value, (int, float)) and np.isfinite(value) for value in values) or values[0] <= 0:
+            raise ConfigError(
+                "config.json: calibration must hold a slope above 0 and an intercept, two numbers, not "
+                f"{repr(found)[:80]}: run lce-trainer calibrate again"
+            )
+        return float(values[0]), float(values[1])
 
     def rank(
         self,
@@ -179,6 +209,7 @@ class Reranker:
         top_k: int | None = None,
         *,
         first_stage_scores: Sequence[float] | None = None,
+        calibrated: bool = False,
     ) -> list[RankedPassage]:
         """Return passages from the most relevant down; equal scores keep their order.
 
@@ -189,10 +220,20 @@ class Reranker:
             first_stage_scores: What brought each passage gave it, e.g. an encoder's cosine. Both scores are
                 standardized over the passages and added by the weight that training found on dev queries
                 (``first_stage_weight`` in the model's config, one half where there is none).
+            calibrated: Give each passage the probability that it answers the query, see :meth:`score`, in place of
+                its logit; the order is the same.
 
         Raises:
             TrainingError: There is not one first-stage score for each passage.
+            ConfigError: Probabilities are wanted of a model without a calibration, or together with
+                ``first_stage_scores``, for which none was fitted.
         """
+        if calibrated and first_stage_scores is not None:
+            raise ConfigError(
+                "calibrated=True gives the reranker's own probabilities, and its score together with "
+                "first_stage_scores has none: pass one of the two"
+            )
+        slope, intercept = self._calibration() if calibrated else (1.0, 0.0)
         scores = self.score([(query, passage) for passage in passages])
         if first_stage_scores is not None:
             if len(first_stage_scores) != len(passages):
@@ -203,7 +244,15 @@ class Reranker:
             first_stage = np.asarray(first_stage_scores, dtype=np.float64)
             scores = weight * _standardized(first_stage) + (1 - weight) * _standardized(scores.astype(np.float64))
         order = np.argsort(-scores, kind="stable")[:top_k]
+        if calibrated:  # after sorting: logits that differ may round to one probability
+            scores = _probabilities(scores, slope, intercept)
         return [RankedPassage(int(i), float(scores[i]), passages[i]) for i in order]
+
+
+def _probabilities(logits: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """Return ``sigmoid(slope * logit + intercept)`` of each logit, float32."""
+    found: np.ndarray = np.exp(-np.logaddexp(0.0, -(slope * logits.astype(np.float64) + intercept)))
+    return found.astype(np.float32)
 
 
 def _standardized(scores: np.ndarray) -> np.ndarray:

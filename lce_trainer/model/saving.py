@@ -1,6 +1,7 @@
 """Checkpoints that every loader scores alike."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,23 @@ def write_first_stage_weight(folder: Path, weight: float) -> None:
         folder: Of the saved model.
         weight: From 0 to 1, see :meth:`lce_trainer.model.reranker.Reranker.rank`.
     """
-    path = folder / "config.json"
+    _write_config(folder, "first_stage_weight", weight)
+
+
+def write_calibration(folder: Path, calibration: Mapping[str, float]) -> None:
+    """Write into a saved model's config how its logits become probabilities.
+
+    Args:
+        folder: Of the saved model.
+        calibration: ``slope`` and ``intercept``, see :meth:`lce_trainer.model.reranker.Reranker.score`; what else it
+            holds is kept for readers.
+    """
+    _write_config(folder, "calibration", dict(calibration))
+
+
+def _write_config(folder: Path, key: str, value: Any) -> None:
+    path, part = folder / "config.json", folder / ".config.json.part"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["first_stage_weight"] = weight
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config[key] = value
+    part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    part.replace(path)

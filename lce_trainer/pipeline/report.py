@@ -26,6 +26,7 @@ from lce_trainer.pipeline.run import Run
 logger = logging.getLogger(__name__)
 
 PAGE = "report.html"
+CALIBRATION = "calibration.json"  # beside a model's config
 
 _TEMPLATE = "report.html.jinja"
 # What each artifact is made from, the last one first.
@@ -73,19 +74,14 @@ def render_report(run: Run) -> str:
     """
     manifests = _manifests(run)
     groups = sample_groups(run, _EXAMPLES) if "groups" in manifests else []
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # the texts of a corpus are data
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(words=lambda key: str(key).replace("_", " "), cut=_cut, number=_number)
+    calibration = run.root / "model" / CALIBRATION
+    calibrated = calibration.is_file() and "model" in manifests
     facts = manifests["groups"].facts if "groups" in manifests else {}
-    return environment.get_template(_TEMPLATE).render(
+    return _render(
         name=run.root.name,
-        version=lce_trainer.__version__,
+        is_run=True,
         comparisons=_comparisons(run, manifests["evaluation"]) if "evaluation" in manifests else [],
+        calibration=_reliability(json.loads(calibration.read_text(encoding="utf-8"))) if calibrated else None,
         curves=learning_curves(run.root / "logs" / "model.json") if "model" in manifests else [],
         training=_training(manifests["model"]) if "model" in manifests else {},
         histograms=score_histograms(run.root / "groups" / "judged.parquet") if "groups" in manifests else [],
@@ -97,10 +93,35 @@ def render_report(run: Run) -> str:
         gauge=manifests["queries"].facts.get("gauge") if "queries" in manifests else None,
         dropped=manifests["queries"].facts.get("dropped", {}) if "queries" in manifests else {},
         groups=groups,
-        negatives_shown=_NEGATIVES,
         libraries=_libraries(manifests),
         settings=[(name, _settings(run, manifests[name])) for name in _STAGES if name in manifests],
     )
+
+
+def render_calibration(name: str, found: Mapping[str, Any]) -> str:
+    """Return a page with the calibration of a model that no run has made.
+
+    Args:
+        name: The model's, as readers know it.
+        found: What :func:`lce_trainer.evaluation.calibration.calibrate` found.
+    """
+    lists = ("comparisons", "curves", "histograms", "counts", "groups", "settings")
+    dicts = ("training", "source_first", "human", "shortcuts", "dropped", "libraries")
+    nothing: dict[str, Any] = {**{key: [] for key in lists}, **{key: {} for key in dicts}, "judge": None, "gauge": None}
+    return _render(name=name, is_run=False, calibration=_reliability(found), **nothing)
+
+
+def _render(**parts: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # the texts of a corpus are data
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(words=lambda key: str(key).replace("_", " "), cut=_cut, number=_number)
+    template = environment.get_template(_TEMPLATE)
+    return template.render(version=lce_trainer.__version__, negatives_shown=_NEGATIVES, **parts)
 
 
 def sample_groups(run: Run, count: int) -> list[dict[str, Any]]:
@@ -238,6 +259,17 @@ def _comparison(run: Run, manifest: Manifest, name: str) -> dict[str, Any]:
         found["wins"], found["losses"] = wins_and_losses(queries, FUSED, original)
         found["part_systems"] = [(original, baseline), (RERANKER, RERANKER), (FUSED, FUSED)]
     return found
+
+
+def _reliability(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the charts of a calibration: of each bin of pairs the mean probability, and the share that is relevant."""
+    charts = []
+    for title, figures in (("Sigmoid of the logit", found["before"]), ("Calibrated", found["after"])):
+        bins = figures["bins"]
+        axis = Axis(0.0, max(max(one["predicted"], one["observed"]) for one in bins), least=0.0, most=1.0)
+        points = [(axis.at(one["predicted"]), round(100 - axis.at(one["observed"]), 2), one) for one in bins]
+        charts.append({"title": title, "axis": axis, "points": points, **figures})
+    return {**found, "charts": charts}
 
 
 def _training(model: Manifest) -> dict[str, str]:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lce_trainer.artifacts import MANIFEST, content_digest, digest, read_manifest, write_manifest
-from lce_trainer.errors import ConfigError, TrainingError
+from lce_trainer.errors import ArtifactError, ConfigError, TrainingError
 from lce_trainer.groups.convert import load_groups
 from lce_trainer.groups.near_duplicates import find_near_duplicates
 from lce_trainer.hardware import resolve_dtype
@@ -66,17 +66,43 @@ def train_reranker(
         measured_on: Queries that the model will be measured or chosen on, by name; it must not learn from them.
         first_stage_weight: Called with the trained model's folder; finds how much the first stage counts beside it.
     """
-    config, human = run.recipe.train, dev is not None
-    inputs = {}
-    if config.groups is None:
-        groups = run.table("groups")
-        inputs["groups"] = run.manifest("groups").digest
-    else:
-        groups = load_groups(str(_found(run, config.groups) or config.groups))
-    groups, left_out = _leave_out_near_duplicates(groups, measured_on, config.near_duplicates)
+    human = dev is not None
+    inputs = {"groups": run.manifest("groups").digest} if run.recipe.train.groups is None else {}
+    groups, left_out = _leave_out_near_duplicates(_read_groups(run), measured_on, run.recipe.train.near_duplicates)
     if dev is None:
-        groups, dev = _hold_out(groups, config.dev_fraction, run.recipe.seed)
+        groups, dev = _hold_out(groups, run.recipe.train.dev_fraction, run.recipe.seed)
     _train(run, groups, dev, inputs, human, left_out, first_stage_weight)
+
+
+def held_out_groups(run: Run, measured_on: Mapping[str, Sequence[str]]) -> datasets.Dataset:
+    """Return the groups that a recipe without human dev queries keeps to choose the best checkpoint by.
+
+    Args:
+        run: A recipe whose model is trained.
+        measured_on: As :func:`train_reranker` was given it.
+
+    Raises:
+        ArtifactError: The model was trained when others were held out, so it may have learned from these.
+    """
+    groups, _ = _leave_out_near_duplicates(_read_groups(run), measured_on, run.recipe.train.near_duplicates)
+    _, held = _hold_out(groups, run.recipe.train.dev_fraction, run.recipe.seed)
+    if run.manifest("model").config.get("dev") != digest(held.to_list()):
+        raise ArtifactError(
+            f"{run.root / 'model'} was trained when other groups were held out, so it may have learned from these: run "
+            "lce-trainer train with this recipe again"
+        )
+    return held
+
+
+def trained_queries(run: Run, measured_on: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the queries of a recipe's groups without those left out as near-duplicates of measured ones."""
+    groups, _ = _leave_out_near_duplicates(_read_groups(run), measured_on, run.recipe.train.near_duplicates)
+    return list(groups["query"][:])
+
+
+def _read_groups(run: Run) -> datasets.Dataset:
+    given = run.recipe.train.groups
+    return run.table("groups") if given is None else load_groups(str(_found(run, given) or given))
 
 
 def check_training(run: Run) -> None:

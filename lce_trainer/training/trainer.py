@@ -1,5 +1,6 @@
 """LCETrainer: ``transformers.Trainer`` that learns to rank from groups."""
 
+import logging
 import math
 import re
 import time
@@ -59,6 +60,8 @@ from lce_trainer.training.monitor import LearningMonitor, StepSums, curves
 from lce_trainer.training.sampling import EpochCounter, GroupSampler, group_sampler
 from lce_trainer.training.step import Pass, cut_step, run_step
 from lce_trainer.training.streaming import StreamMonitor, is_stream, training_rows
+
+logger = logging.getLogger(__name__)
 
 
 class LCETrainer(Trainer):  # type: ignore[misc]
@@ -549,6 +552,9 @@ def prepare_model(
         raise TrainingError("pass the tokenizer as processing_class, or the model by its name")
     if model is not None:
         configure_pairs(model, tokenizer)
+        if getattr(model.config, "calibration", None) is not None:
+            logger.info("the calibration of the model is dropped: it was fitted to the scores of other weights")
+            del model.config.calibration
         keep_trainable(model)
         if peft_config is not None:
             set_seed(args.seed)

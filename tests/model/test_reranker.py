@@ -4,12 +4,13 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from helpers.tiny import build_model, build_tokenizer, make_pairs
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from lce_trainer.errors import ConfigError, TrainingError
 from lce_trainer.model.crossencoder import RAW_SCORES
 from lce_trainer.model.loading import has_head, load_model
 from lce_trainer.model.pairs import EncodedPairs, pad_pairs
 from lce_trainer.model.reranker import Reranker
-from lce_trainer.model.saving import write_first_stage_weight
+from lce_trainer.model.saving import write_calibration, write_first_stage_weight
 from lce_trainer.model.scoring import scoring_batches
 
 
@@ -152,3 +153,77 @@ def test_a_model_that_ranks_as_it_is_has_a_head(tiny_reranker, tmp_path):
     model = Reranker.from_pretrained(tiny_reranker).model
     model.bert.save_pretrained(tmp_path)
     assert not has_head(tmp_path)
+
+
+def test_a_calibration_makes_probabilities_and_goes_where_the_config_goes(checkpoint, tmp_path):
+    from sentence_transformers import CrossEncoder
+
+    pairs = make_pairs(20)
+    plain = Reranker.from_pretrained(checkpoint, device="cpu")
+    logits = plain.score(pairs)
+    plain.save_pretrained(tmp_path / "one")
+    write_calibration(tmp_path / "one", {"slope": 0.5, "intercept": -1.0, "cut_off": 0.3})
+    Reranker.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    wanted = 1 / (1 + np.exp(-(0.5 * logits.astype(np.float64) - 1.0)))
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        reranker = Reranker.from_pretrained(folder, device="cpu")
+        np.testing.assert_array_equal(reranker.score(pairs), logits)  # which stay the default
+        found = reranker.score(pairs, calibrated=True)
+        assert found.dtype == np.float32 and ((found >= 0) & (found <= 1)).all()
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+        passages = [passage for _, passage in pairs]
+        ranked, raw = (reranker.rank("what is red", passages, calibrated=is_wanted) for is_wanted in (True, False))
+        assert [one.index for one in ranked] == [one.index for one in raw]
+        assert [one.score for one in ranked] == pytest.approx([1 / (1 + np.exp(1 - 0.5 * one.score)) for one in raw])
+        # sentence-transformers keeps the numbers, and makes the same probabilities by them.
+        theirs = CrossEncoder(str(folder), device="cpu")
+        np.testing.assert_allclose(theirs.predict(pairs, show_progress_bar=False), logits, atol=1e-5)
+        line = theirs.config.calibration
+        chances = theirs.predict(
+            pairs,
+            activation_fn=lambda scores, line=line: torch.sigmoid(line["slope"] * scores + line["intercept"]),
+            show_progress_bar=False,
+        )
+        np.testing.assert_allclose(chances, wanted, atol=1e-5)
+
+
+def test_probabilities_that_round_to_one_keep_the_order_of_the_logits(checkpoint, tmp_path):
+    Reranker.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    write_calibration(tmp_path, {"slope": 1e-9, "intercept": 30.0})
+    reranker, passages = Reranker.from_pretrained(tmp_path), [passage for _, passage in make_pairs(8)]
+    ranked = reranker.rank("what is red", passages, calibrated=True)
+    assert {one.score for one in ranked} == {1.0}
+    assert [one.index for one in ranked] == [one.index for one in reranker.rank("what is red", passages)]
+
+
+def test_probabilities_of_what_has_none_are_refused(checkpoint, tmp_path):
+    reranker = Reranker.from_pretrained(checkpoint)
+    with pytest.raises(
+        ConfigError, match="no calibration, so its scores are no probabilities: run lce-trainer calibrate"
+    ):
+        reranker.rank("what", ["a fish"], calibrated=True)
+    with pytest.raises(ConfigError, match="run lce-trainer calibrate"):
+        reranker.score([("what", "a fish")], calibrated=True)
+    with pytest.raises(ConfigError, match="pass one of the two"):
+        reranker.rank("what", ["a fish"], first_stage_scores=[1.0], calibrated=True)
+    for broken in ({"slope": 1.0}, {"slope": "1", "intercept": 0.0}, {"slope": -1.0, "intercept": 0.0}, [1.0, 2.0]):
+        reranker.model.config.calibration = broken
+        with pytest.raises(ConfigError, match="must hold a slope above 0 and an intercept"):
+            reranker.score([("what", "a fish")], calibrated=True)
+    del reranker.model.config.calibration
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "mpnet", "modernbert", "deberta-v2", "qwen3"])
+@pytest.mark.parametrize("packing", ["auto", "none"])
+def test_logits_of_half_precision_are_float32_where_rounding_would_make_ties(family, packing):
+    tokenizer, pairs = tiny_tokenizer(family), make_pairs(60)
+    reranker = Reranker(tiny_model(family).bfloat16(), tokenizer, packing=packing)
+    before = [module.__dict__.get("forward") for module in reranker.model.modules()]
+    scores = reranker.score(pairs)
+    rounded = torch.from_numpy(scores).bfloat16().float().numpy()
+    assert (scores != rounded).mean() > 0.9
+    assert len(np.unique(scores)) > len(np.unique(rounded))
+    assert [module.__dict__.get("forward") for module in reranker.model.modules()] == before
+    assert reranker.model.dtype == torch.bfloat16
+    wide = Reranker(tiny_model(family).bfloat16().float(), tokenizer, packing=packing).score(pairs)
+    assert np.corrcoef(scores, wide)[0, 1] > 0.95
