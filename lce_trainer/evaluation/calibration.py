@@ -245,19 +245,20 @@ def _cut_off(
     for number in range(_FOLDS):
         inside = fold == number
         chosen, _ = _lowest_cut(logits[~inside], relevant[~inside], wanted)
-        above[inside] = False if chosen is None else logits[inside] >= chosen
+        if chosen is not None:
+            above[inside] = logits[inside] >= chosen
     found = []
     for counts in _resampled(query, seed):
         left = float(counts[above].sum())
         found += [float(counts[above & relevant].sum()) / left] if left else []
-    low, high = np.percentile(found, [2.5, 97.5]) if found else (None, None)
+    ends = np.percentile(found, [2.5, 97.5]).tolist() if found else [None, None]
     return {
         "wanted": wanted,
         "probability": float(probabilities(np.array(cut), *line)),
         "logit": cut,
         "precision": float(relevant[above].mean()) if above.any() else None,
-        "precision_low": None if low is None else float(low),
-        "precision_high": None if high is None else float(high),
+        "precision_low": ends[0],
+        "precision_high": ends[1],
         "recall": float(above[relevant].mean()),
         "pairs": int(above.sum()),
     }

@@ -194,7 +194,7 @@ class Reranker:
                 "the model has no calibration, so its scores are no probabilities: run lce-trainer calibrate with "
                 "labelled pairs that it was not trained on"
             )
-        values = [found.get(key) for key in ("slope", "intercept")] if isinstance(found, dict) else [None]
+        values: list[Any] = [found.get(key) for key in ("slope", "intercept")] if isinstance(found, dict) else [None]
         if not all(isinstance(value, (int, float)) and np.isfinite(value) for value in values) or values[0] <= 0:
             raise ConfigError(
                 "config.json: calibration must hold a slope above 0 and an intercept, two numbers, not "
