@@ -84,6 +84,21 @@ def learning_curves(path: Path) -> list[dict[str, Any]]:
     return charts
 
 
+def reliability_charts(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a calibration with its charts: of each bin of pairs the mean probability, and the share that is relevant.
+
+    Args:
+        found: What :func:`lce_trainer.evaluation.calibration.calibrate` found.
+    """
+    charts = []
+    for title, figures in (("Sigmoid of the logit", found["before"]), ("Calibrated", found["after"])):
+        bins = figures["bins"]
+        axis = Axis(0.0, max(max(one["predicted"], one["observed"]) for one in bins), least=0.0, most=1.0)
+        points = [(axis.at(one["predicted"]), round(100 - axis.at(one["observed"]), 2), one) for one in bins]
+        charts.append({"title": title, "axis": axis, "points": points, **figures})
+    return {**found, "charts": charts}
+
+
 def score_histograms(path: Path) -> list[dict[str, Any]]:
     """Return what judge, encoder and teacher gave source passages and other candidates, in bins.
 

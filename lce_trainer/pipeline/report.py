@@ -19,7 +19,7 @@ from lce_trainer.evaluation.metrics import MEASURES
 from lce_trainer.evaluation.report import MEASURE_NAMES, baseline_of, parts, verdict, wins_and_losses
 from lce_trainer.groups.convert import load_groups
 from lce_trainer.hub.privacy import names_only
-from lce_trainer.pipeline.charts import Axis, learning_curves, score_histograms
+from lce_trainer.pipeline.charts import Axis, learning_curves, reliability_charts, score_histograms
 from lce_trainer.pipeline.evaluate import FUSED, RERANKER, SYNTHETIC, comparisons, public_names, query_table, title_of
 from lce_trainer.pipeline.run import Run
 
@@ -81,7 +81,7 @@ def render_report(run: Run) -> str:
         name=run.root.name,
         is_run=True,
         comparisons=_comparisons(run, manifests["evaluation"]) if "evaluation" in manifests else [],
-        calibration=_reliability(json.loads(calibration.read_text(encoding="utf-8"))) if calibrated else None,
+        calibration=reliability_charts(json.loads(calibration.read_text(encoding="utf-8"))) if calibrated else None,
         curves=learning_curves(run.root / "logs" / "model.json") if "model" in manifests else [],
         training=_training(manifests["model"]) if "model" in manifests else {},
         histograms=score_histograms(run.root / "groups" / "judged.parquet") if "groups" in manifests else [],
@@ -108,7 +108,7 @@ def render_calibration(name: str, found: Mapping[str, Any]) -> str:
     lists = ("comparisons", "curves", "histograms", "counts", "groups", "settings")
     dicts = ("training", "source_first", "human", "shortcuts", "dropped", "libraries")
     nothing: dict[str, Any] = {**{key: [] for key in lists}, **{key: {} for key in dicts}, "judge": None, "gauge": None}
-    return _render(name=name, is_run=False, calibration=_reliability(found), **nothing)
+    return _render(name=name, is_run=False, calibration=reliability_charts(found), **nothing)
 
 
 def _render(**parts: Any) -> str:
@@ -259,17 +259,6 @@ def _comparison(run: Run, manifest: Manifest, name: str) -> dict[str, Any]:
         found["wins"], found["losses"] = wins_and_losses(queries, FUSED, original)
         found["part_systems"] = [(original, baseline), (RERANKER, RERANKER), (FUSED, FUSED)]
     return found
-
-
-def _reliability(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the charts of a calibration: of each bin of pairs the mean probability, and the share that is relevant."""
-    charts = []
-    for title, figures in (("Sigmoid of the logit", found["before"]), ("Calibrated", found["after"])):
-        bins = figures["bins"]
-        axis = Axis(0.0, max(max(one["predicted"], one["observed"]) for one in bins), least=0.0, most=1.0)
-        points = [(axis.at(one["predicted"]), round(100 - axis.at(one["observed"]), 2), one) for one in bins]
-        charts.append({"title": title, "axis": axis, "points": points, **figures})
-    return {**found, "charts": charts}
 
 
 def _training(model: Manifest) -> dict[str, str]:
