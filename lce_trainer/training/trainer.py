@@ -552,9 +552,10 @@ def prepare_model(
         raise TrainingError("pass the tokenizer as processing_class, or the model by its name")
     if model is not None:
         configure_pairs(model, tokenizer)
-        if getattr(model.config, "calibration", None) is not None:
+        config = getattr(model, "config", None)
+        if getattr(config, "calibration", None) is not None:
             logger.info("the calibration of the model is dropped: it was fitted to the scores of other weights")
-            del model.config.calibration
+            del config.calibration
         keep_trainable(model)
         if peft_config is not None:
             set_seed(args.seed)
