@@ -35,7 +35,7 @@ def label(model: Path, path: Path, wanted: str | None = None) -> Path:
 
 
 def calibrate(root: Path, *arguments: str) -> None:
-    """Calibrate the model of a run, whose scores are nearly random: where they rank the wrong way round it is turned."""
+    """Calibrate the model of a run, whose scores are nearly random: they are negated where they rank the wrong way."""
     if main(["calibrate", *arguments]) == 2:
         folder, made = root / "model", read_manifest(root / "model")
         weights = load_file(folder / "model.safetensors")
