@@ -552,7 +552,7 @@ def prepare_model(
         raise TrainingError("pass the tokenizer as processing_class, or the model by its name")
     if model is not None:
         configure_pairs(model, tokenizer)
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if getattr(config, "calibration", None) is not None:
             logger.info("the calibration of the model is dropped: it was fitted to the scores of other weights")
             del config.calibration
