@@ -50,12 +50,12 @@ A modular CrossEncoder of sentence-transformers, such as Ettin's, becomes the Au
 computes the same scores; adapters are merged into their base. What cannot be converted exactly is refused.
 """
 _EXPORT_EPILOG = """\
-The file is onnx/model.onnx beside config.json and the tokenizer: in the model's own folder, or in that of --out. It is
-compared with the model on drawn pairs, and is not left there if a score differs by 1e-4 or more.
+The file is onnx/model.onnx beside config.json and the tokenizer: in the model's own folder, or in that of --output. It
+is compared with the model on drawn pairs, and is not left there if a score differs by 1e-4 or more.
 
 examples:
   lce-trainer export runs/quickstart/model --to onnx --int8
-  lce-trainer export you/reranker --to onnx --out onnx-model --recipe recipe.yaml
+  lce-trainer export you/reranker --to onnx --output onnx-model --recipe recipe.yaml
 """
 _INIT_EPILOG = """\
 examples:
@@ -209,7 +209,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("model", help="a Hub id or folder of a reranker")
     export.add_argument("--to", choices=["onnx"], required=True, help="the format to write")
     export.add_argument("--int8", action="store_true", help="write an int8 form besides, with dynamic quantization")
-    export.add_argument("--out", type=Path, metavar="DIR", help="the folder to write, new or empty (the model's own)")
+    export.add_argument(
+        "--output", type=Path, metavar="DIR", help="the folder to write, new or empty (the model's own)"
+    )
     export.add_argument("--recipe", type=Path, help="compare the rankings on this recipe's evaluate.dev_queries too")
     calibrate = add("calibrate", "make probabilities of a reranker's scores, by labelled pairs", _CALIBRATE_EPILOG)
     calibrate.add_argument("model", help="a folder or Hub id, or a recipe (.yaml) whose model is calibrated")
@@ -351,7 +353,7 @@ def _export(arguments: argparse.Namespace) -> str:
     from lce_trainer.model.export import describe_export, export_onnx
 
     if arguments.recipe is None:
-        folder, exported = export_onnx(arguments.model, arguments.out, int8=arguments.int8)
+        folder, exported = export_onnx(arguments.model, arguments.output, int8=arguments.int8)
         return f"Wrote {folder / 'onnx'}.\n\n{describe_export(exported)}"
     from lce_trainer.artifacts import writing
     from lce_trainer.evaluation.report import table
@@ -361,7 +363,7 @@ def _export(arguments: argparse.Namespace) -> str:
 
     run = open_run(arguments.recipe)
     dev_queries_of(run)
-    folder, exported = export_onnx(arguments.model, arguments.out, int8=arguments.int8)
+    folder, exported = export_onnx(arguments.model, arguments.output, int8=arguments.int8)
     with writing(run.root), run.held():
         read_corpus(run)
         compared = compare_on_dev(run, {name: one.reranker for name, one in exported.items()})

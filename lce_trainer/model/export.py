@@ -117,15 +117,15 @@ def _target(name: str, folder: Path | None) -> tuple[Path, bool]:
     """Return the folder to write, and whether it is the model's own."""
     if folder is not None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder} is not empty: name a new folder with --out, so that nothing is overwritten")
+            raise ConfigError(f"{folder} is not empty: name a new folder with --output, so that nothing is overwritten")
         return folder, False
     own = Path(name)
     plain = own.is_dir() and not (own / "adapter_config.json").exists()
     config = load_config(name) if plain else None
     if config is None or not (has_trained_head(config) or family_of(config).is_decoder):  # a decoder is refused later
-        raise ConfigError(f"{name} is not the folder of a plain checkpoint: name a folder to write with --out")
+        raise ConfigError(f"{name} is not the folder of a plain checkpoint: name a folder to write with --output")
     if (own / "onnx").exists():
-        raise ConfigError(f"{own / 'onnx'} is there already: delete it, or name a new folder with --out")
+        raise ConfigError(f"{own / 'onnx'} is there already: delete it, or name a new folder with --output")
     return own, True
 
 

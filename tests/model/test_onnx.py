@@ -135,7 +135,7 @@ def test_the_folder_holds_the_files_and_no_path_of_this_machine(exported):
 
 def test_another_folder_gets_config_and_tokenizer_and_no_weights_besides(tmp_path):
     model, out = save_tiny("bert", tmp_path / "model"), tmp_path / "out"
-    assert main(["export", str(model), "--to", "onnx", "--out", str(out)]) == 0
+    assert main(["export", str(model), "--to", "onnx", "--output", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {"config.json", "tokenizer.json", "tokenizer_config.json", "onnx"}
     wanted = Reranker.from_pretrained(model, device="cpu").score(PAIRS)
     np.testing.assert_allclose(Reranker.from_pretrained(out, backend="onnx").score(PAIRS), wanted, rtol=0, atol=1e-4)
@@ -171,10 +171,10 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     (model / "onnx").mkdir()
     assert main(["export", str(model), "--to", "onnx"]) == 2
     assert "is there already: delete it" in capsys.readouterr().err
-    assert main(["export", str(model), "--to", "onnx", "--out", str(model)]) == 2
+    assert main(["export", str(model), "--to", "onnx", "--output", str(model)]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert main(["export", "you/model", "--to", "onnx"]) == 2
-    assert "name a folder to write with --out" in capsys.readouterr().err
+    assert "name a folder to write with --output" in capsys.readouterr().err
 
 
 def test_what_the_backend_cannot_do_is_an_error(tmp_path):
@@ -199,5 +199,5 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match=r"needs the package onnxruntime: pip install 'lce-trainer\[export\]'"):
         Reranker.from_pretrained(model, backend="onnx")
-    assert main(["export", str(model), "--to", "onnx", "--out", str(tmp_path / "out")]) == 2
+    assert main(["export", str(model), "--to", "onnx", "--output", str(tmp_path / "out")]) == 2
     assert "lce-trainer[export]" in capsys.readouterr().err

@@ -22,7 +22,7 @@ def recipe_in(finished, tmp_path, **evaluate):
 
 def test_the_dev_queries_are_ranked_before_and_after(finished, tmp_path, capsys):
     recipe = recipe_in(finished, tmp_path)
-    command = ["export", str(finished.root / "model"), "--to", "onnx", "--int8", "--out", str(tmp_path / "out")]
+    command = ["export", str(finished.root / "model"), "--to", "onnx", "--int8", "--output", str(tmp_path / "out")]
     assert main([*command, "--recipe", str(recipe)]) == 0
     printed = capsys.readouterr().out.partition("On the dev queries:")[2]
     assert "nDCG@10 [95 % CI]" in printed
@@ -32,7 +32,7 @@ def test_the_dev_queries_are_ranked_before_and_after(finished, tmp_path, capsys)
 
 def test_a_recipe_without_dev_queries_is_refused_before_anything_is_written(finished, tmp_path, capsys):
     recipe = recipe_in(finished, tmp_path, dev_queries=None)
-    command = ["export", str(finished.root / "model"), "--to", "onnx", "--out", str(tmp_path / "out")]
+    command = ["export", str(finished.root / "model"), "--to", "onnx", "--output", str(tmp_path / "out")]
     assert main([*command, "--recipe", str(recipe)]) == 2
     assert "set evaluate.dev_queries in the recipe" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
