@@ -166,13 +166,18 @@ def write_manifest(
         },
         facts=dict(facts or {}),
     )
+    replace_manifest(path, manifest)
+    return manifest
+
+
+def replace_manifest(path: Path, manifest: Manifest) -> None:
+    """Write an artifact's manifest in place of the one in its folder, whole or not at all."""
     part = path / f".{MANIFEST}.part"
     with part.open("w", encoding="utf-8") as file:
         file.write(manifest_text(manifest))
         file.flush()
         os.fsync(file.fileno())
     part.replace(path / MANIFEST)
-    return manifest
 
 
 def manifest_text(manifest: Manifest) -> str:

@@ -38,14 +38,20 @@ _FEWEST = 10  # queries from which on a bootstrap interval says something
 
 def table(results: datasets.Dataset) -> str:
     """Return what :func:`lce_trainer.evaluation.compare.compare` found as aligned plain text."""
-    rows = _cells(results)
+    cells = _cells(results)
+    rule = ["-" * max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(aligned([cells[0], rule, *cells[1:]]))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines, each column as wide as its longest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def markdown(results: datasets.Dataset) -> str:

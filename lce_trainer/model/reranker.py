@@ -251,8 +251,8 @@ class Reranker:
 
 def _probabilities(logits: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     """Return ``sigmoid(slope * logit + intercept)`` of each logit, float32."""
-    found: np.ndarray = np.exp(-np.logaddexp(0.0, -(slope * logits.astype(np.float64) + intercept)))
-    return found.astype(np.float32)
+    found: np.ndarray = torch.sigmoid(torch.from_numpy(slope * logits.astype(np.float64) + intercept)).float().numpy()
+    return found
 
 
 def _standardized(scores: np.ndarray) -> np.ndarray:

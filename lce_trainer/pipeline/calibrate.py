@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from lce_trainer.artifacts import MANIFEST, Manifest, file_sha256, manifest_text, read_manifest
+from lce_trainer.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, replace_manifest
 from lce_trainer.errors import ConfigError
 from lce_trainer.evaluation.calibration import calibrate
 from lce_trainer.evaluation.judged import LabelledPairs, read_pairs
+from lce_trainer.evaluation.report import aligned
 from lce_trainer.groups.near_duplicates import find_near_duplicates
 from lce_trainer.hub.privacy import names_only
 from lce_trainer.model.reranker import Reranker
 from lce_trainer.model.saving import write_calibration
 from lce_trainer.pipeline.evaluate import dev_groups, held_out_texts, measured_queries
-from lce_trainer.pipeline.judges import _aligned
 from lce_trainer.pipeline.report import CALIBRATION, render_calibration, write_report
 from lce_trainer.pipeline.run import Run
 from lce_trainer.pipeline.stages import read_corpus
@@ -102,7 +102,7 @@ def describe_calibration(found: Mapping[str, Any]) -> str:
     lines = [
         f"{found['pairs']:,} pairs of {found['queries']:,} queries, {found['relevant']:,} relevant, from "
         f"{found['from']}, labelled by {found['labelled_by']}",
-        *_aligned(table),
+        *aligned(table),
         "figures: each fifth of the queries by what the others fit; ECE: 15 bins of equally many pairs",
         f"probability = sigmoid({found['slope']:.4g} × logit {found['intercept']:+.4g})",
     ]
@@ -212,14 +212,9 @@ def _seal_again(run: Run, before: Manifest) -> None:
     path = run.root / "model" / "config.json"
     files = {**before.files, path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}}
     model = replace(before, files=files)
-    _write(run.root / "model", model)
+    replace_manifest(run.root / "model", model)
     if (run.root / "evaluation" / MANIFEST).is_file():
         evaluation = read_manifest(run.root / "evaluation")
         if evaluation.inputs.get("model") == before.digest:
-            _write(run.root / "evaluation", replace(evaluation, inputs={**evaluation.inputs, "model": model.digest}))
-
-
-def _write(folder: Path, manifest: Manifest) -> None:
-    part = folder / f".{MANIFEST}.part"
-    part.write_text(manifest_text(manifest), encoding="utf-8")
-    part.replace(folder / MANIFEST)
+            inputs = {**evaluation.inputs, "model": model.digest}
+            replace_manifest(run.root / "evaluation", replace(evaluation, inputs=inputs))

@@ -169,15 +169,19 @@ def draw_histograms(charts: Sequence[Mapping[str, Any]]) -> str:
     return _draw("histograms", charts=charts)
 
 
-def _draw(kind: str, **values: Any) -> str:
-    environment = jinja2.Environment(
+def templates() -> jinja2.Environment:
+    """Return the environment of the templates in this folder, in which the texts of a corpus are data."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    macro = getattr(environment.get_template(_TEMPLATE).module, kind)
+
+
+def _draw(kind: str, **values: Any) -> str:
+    macro = getattr(templates().get_template(_TEMPLATE).module, kind)
     return str(macro(**values)).strip() + "\n"
 
 

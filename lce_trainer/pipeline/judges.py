@@ -13,6 +13,7 @@ import numpy as np
 from lce_trainer.artifacts import digest
 from lce_trainer.errors import ConfigError, LabelError, LCETrainerError, LLMError, TrainingError
 from lce_trainer.evaluation.judged import LabelledPairs, read_pairs
+from lce_trainer.evaluation.report import aligned
 from lce_trainer.hub.privacy import names_only
 from lce_trainer.pipeline.evaluate import dev_groups
 from lce_trainer.pipeline.run import Run, open_journal
@@ -116,7 +117,7 @@ def describe_judges(found: dict[str, Any]) -> str:
         table.append(cells + [_cell(row.get("money_per_1000"), "{:.4g}")] * priced)
     lines = [
         f"{found['pairs']} pairs of {found['queries']} queries, {found['relevant']} relevant, from {found['from']}",
-        *_aligned(table),
+        *aligned(table),
         "kappa: at the threshold, which is the best on these pairs; held out: where other queries chose the threshold",
     ]
     if found["ensembles"]:
@@ -130,7 +131,7 @@ def describe_judges(found: dict[str, Any]) -> str:
         corner = [["Spearman", *names[1:]]]
         for place, name in enumerate(names[:-1]):
             corner.append([name] + [""] * place + [_cell(of[name, other], "{:.2f}") for other in names[place + 1 :]])
-        lines += ["", *_aligned(corner)]
+        lines += ["", *aligned(corner)]
     if found["skipped"]:
         lines += ["", *(f"left out: {name}: {why}" for name, why in found["skipped"].items())]
     return "\n".join(lines)
@@ -280,13 +281,3 @@ def _ensembles(scores: dict[str, np.ndarray]) -> list[tuple[list[str], dict[str,
 def _cell(value: float | None, form: str) -> str:
     text = "" if value is None else form.format(value)
     return "0.00" if text == "-0.00" else text
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in rows
-    ]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import jinja2
 import numpy as np
 
 import lce_trainer
@@ -19,7 +18,7 @@ from lce_trainer.evaluation.metrics import MEASURES
 from lce_trainer.evaluation.report import MEASURE_NAMES, baseline_of, parts, verdict, wins_and_losses
 from lce_trainer.groups.convert import load_groups
 from lce_trainer.hub.privacy import names_only
-from lce_trainer.pipeline.charts import Axis, learning_curves, reliability_charts, score_histograms
+from lce_trainer.pipeline.charts import Axis, learning_curves, reliability_charts, score_histograms, templates
 from lce_trainer.pipeline.evaluate import FUSED, RERANKER, SYNTHETIC, comparisons, public_names, query_table, title_of
 from lce_trainer.pipeline.run import Run
 
@@ -112,13 +111,7 @@ def render_calibration(name: str, found: Mapping[str, Any]) -> str:
 
 
 def _render(**parts: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # the texts of a corpus are data
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     environment.filters.update(words=lambda key: str(key).replace("_", " "), cut=_cut, number=_number)
     template = environment.get_template(_TEMPLATE)
     return template.render(version=lce_trainer.__version__, negatives_shown=_NEGATIVES, **parts)

@@ -26,7 +26,7 @@ from lce_trainer.artifacts import manifest_text, read_manifest
 from lce_trainer.cli import main
 from lce_trainer.errors import ArtifactError, ConfigError
 from lce_trainer.hub.contents import Repo
-from lce_trainer.pipeline.charts import draw_comparison
+from lce_trainer.pipeline.charts import draw_comparison, draw_curve, learning_curves
 from lce_trainer.pipeline.facts import _language, gather_facts, repos
 from lce_trainer.pipeline.run import Run, open_run
 from lce_trainer.synthesis.retrieval.dense import Encoder
@@ -410,3 +410,12 @@ def test_a_picture_takes_names_for_text_and_cuts_long_ones():
     assert "over 1234 queries" in root.attrib["aria-label"]
     circles = [float(element.attrib["cx"]) for element in root.iter(f"{SVG}circle")]
     assert circles == [262 + 270 * 0.5, 262 + 270 * 0.75]  # 0.5 and 0.55 on an axis from 0.4 to 0.6
+
+
+def test_a_training_without_dev_queries_is_drawn_as_its_loss_and_the_card_promises_nothing_else(tmp_path, finished):
+    log = [{"step": step, "loss": 2.0 / step, "loss_if_guessing": 2.0} for step in (1, 2, 3)]
+    (tmp_path / "model.json").write_text(json.dumps({"log_history": log}))
+    (chart,) = learning_curves(tmp_path / "model.json")
+    texts = [element.text for element in ElementTree.fromstring(draw_curve(chart)).iter(f"{SVG}text")]
+    assert "Training loss, by training step" in texts and "Dashed: loss of guessing." in texts
+    assert "![The learning curve](learning_curve.svg)" in model_card(open_run(finished.recipe, [*NAMES]))
