@@ -110,6 +110,8 @@ class RunFacts:
             model is measured or chosen on.
         max_length: Tokens of query and passage the model reads.
         evaluations: Figures on human judgments, or on synthetic queries that are called that.
+        calibration: What :func:`lce_trainer.evaluation.calibration.calibrate` found of the model, and ``from`` and
+            ``labelled_by``; empty if it is not calibrated.
         model_pictures: SVG of each picture of the model's repo, by its name there.
         dataset_pictures: The same of the dataset's repo.
         libraries: Version of each library.
@@ -147,6 +149,7 @@ class RunFacts:
     near_duplicates: int = 0
     max_length: int | None = None
     evaluations: Sequence[Evaluation] = ()
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     model_pictures: Mapping[str, str] = field(default_factory=dict)
     dataset_pictures: Mapping[str, str] = field(default_factory=dict)
     libraries: Mapping[str, str] = field(default_factory=dict)

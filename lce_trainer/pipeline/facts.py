@@ -3,10 +3,12 @@
 Facts are gathered from the manifests of the artifacts: from what was made, and not from what the recipe says today.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,6 +20,7 @@ from lce_trainer.hub.contents import Repo, dataset_repo, model_repo
 from lce_trainer.hub.privacy import names_only
 from lce_trainer.pipeline.charts import draw_comparison, draw_curve, draw_histograms, learning_curves, score_histograms
 from lce_trainer.pipeline.evaluate import FUSED, RERANKER, SYNTHETIC, comparisons, public_names, title_of
+from lce_trainer.pipeline.report import CALIBRATION
 from lce_trainer.pipeline.run import Run
 from lce_trainer.synthesis.journal import read_usage
 from lce_trainer.synthesis.labeling import LabelConfig
@@ -50,6 +53,7 @@ def gather_facts(run: Run) -> RunFacts:
         near_duplicates=sum(count for what, count in model.counts.items() if what.startswith("near_duplicates_")),
         max_length=model.facts["max_length"],
         evaluations=_evaluations(run, model),
+        calibration=_calibration(run),
         libraries=model.libraries,
     )
     if folder is not None:
@@ -164,6 +168,11 @@ def _checkpoint(model: Manifest) -> tuple[str, bool | None]:
         return "", False
     what = "human dev queries" if dev["human"] else "groups held out from training"
     return f"{dev['queries']} {what}", dev["human"]
+
+
+def _calibration(run: Run) -> dict[str, Any]:
+    path = run.root / "model" / CALIBRATION
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _evaluations(run: Run, model: Manifest) -> list[Evaluation]:

@@ -553,9 +553,10 @@ def prepare_model(
     if model is not None:
         configure_pairs(model, tokenizer)
         config: Any = getattr(model, "config", None)
-        if getattr(config, "calibration", None) is not None:
-            logger.info("the calibration of the model is dropped: it was fitted to the scores of other weights")
-            del config.calibration
+        for key in ("calibration", "first_stage_weight"):
+            if getattr(config, key, None) is not None:
+                logger.info("the %s of the model is dropped: it was chosen for the scores of other weights", key)
+                delattr(config, key)
         keep_trainable(model)
         if peft_config is not None:
             set_seed(args.seed)

@@ -13,6 +13,8 @@ from helpers.trainers import make_groups
 from lce_trainer.artifacts import read_manifest, write_manifest
 from lce_trainer.cli import main
 from lce_trainer.model.reranker import Reranker
+from lce_trainer.model.saving import write_first_stage_weight
+from lce_trainer.pipeline.facts import repos
 from lce_trainer.pipeline.run import open_run
 from lce_trainer.training.arguments import LCETrainingArguments
 from lce_trainer.training.trainer import LCETrainer
@@ -147,7 +149,7 @@ def test_the_model_of_a_run_is_calibrated_and_its_evaluation_stays_valid(finishe
     trained = open_run(finished.recipe).table("groups")["query"][0]
     with pairs.open("a") as file:
         file.write(json.dumps({"query": trained, "passage": "a red fish", "label": 1}) + "\n")
-    assert main(["calibrate", *recipe, "--pairs", str(pairs)]) == 0
+    assert main(["calibrate", *recipe, "--pairs", str(pairs), "--precision", "0.6"]) == 0
     captured = capsys.readouterr()
     assert "1 of 161 pairs are left out: the model was trained on their queries" in captured.err
     assert "160 pairs of 40 queries" in captured.out
@@ -162,6 +164,18 @@ def test_the_model_of_a_run_is_calibrated_and_its_evaluation_stays_valid(finishe
     assert "<h2>Calibration</h2>" in page and "<h2>Comparison, in domain</h2>" in page
     assert main(["publish", *recipe, "--dry-run", "publish.model_id=me/fish"]) == 0
     assert "calibration" not in capsys.readouterr().out  # it is in config.json
+    (repo,) = repos(open_run(finished.recipe, [*recipe[1:], "publish.model_id=me/fish"]))
+    card, found = repo.files["README.md"].decode(), json.loads((root / "model" / "calibration.json").read_text())
+    assert (
+        "## Calibration" in card
+        and "160 pairs of 40 queries" in card
+        and "`labelled.jsonl`, labelled by people" in card
+    )
+    assert "| calibrated | {ece:.3f} [{ece_low:.3f}, {ece_high:.3f}] |".format_map(found["after"]) in card
+    assert f"`sigmoid({found['slope']:.4g} × logit {found['intercept']:+.4g})`" in card
+    cut = found["cut_off"]
+    assert f"Recommended cut-off for a precision of 0.6: a probability of **{cut['probability']:.3f}**" in card
+    assert f"{cut['precision']:.3f} [{cut['precision_low']:.3f}" in card and "\n\n\n" not in card
 
 
 def test_without_pairs_they_are_the_dev_queries_with_all_candidates(finished, tmp_path, capsys):
@@ -193,9 +207,10 @@ def test_without_dev_queries_they_are_the_groups_held_out_from_training(finished
 
 def test_training_a_calibrated_model_further_drops_what_was_fitted_to_other_weights(model, labelled, tmp_path):
     assert main(["calibrate", str(model), "--pairs", str(labelled)]) == 0
+    write_first_stage_weight(model, 0.3)
     settings = LCETrainingArguments(
         str(tmp_path / "out"), max_steps=1, max_length=48, max_query_length=12, report_to="none"
     )
     trainer = LCETrainer(str(model), settings, train_dataset=make_groups(8))
     trainer.save_model()
-    assert "calibration" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"calibration", "first_stage_weight"} & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
