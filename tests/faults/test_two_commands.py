@@ -4,12 +4,15 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from helpers.command import Moment, command, ended, started
+from helpers.paths import ROOT
 from helpers.tiny_recipe import ARTIFACTS, assert_same_run, contents
 
 SETTINGS = ("train.max_steps=4",)
@@ -78,6 +81,58 @@ def test_a_killed_command_holds_nothing(finished, tmp_path):
     assert json.loads((root / ".lock.json").read_text())["pid"]
     status, printed = command(*arguments, "--no-wait", log=tmp_path / "log")
     assert status == 0, printed
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_of_a_launch_hold_the_folder_together_and_wait_together(finished, tmp_path):
+    root = finished.copy(tmp_path / "run", *ARTIFACTS[:4])
+    settings = (finished.recipe, f"run_dir={root}", "train.max_steps=4", "train.per_device_train_batch_size=2")
+
+    # One command holds the folder, stopped: both ranks wait for it, and log so once.
+    holds = started("evaluate", *settings, log=tmp_path / "holds")
+    holder = root / ".lock.json"
+    while not holder.exists() and holds.is_alive():
+        time.sleep(0.02)
+    os.kill(holds.pid, signal.SIGSTOP)
+    launch = launched(*settings, log=tmp_path / "launched")
+    try:
+        while launch.poll() is None and "waiting until it is done" not in (tmp_path / "launched").read_text():
+            time.sleep(0.1)
+        assert launch.poll() is None and not (root / "model" / "manifest.json").exists()
+    finally:
+        os.kill(holds.pid, signal.SIGCONT)
+    ended(holds, tmp_path / "holds")
+
+    # Now the launch holds it, under the id of its first rank, and a third command is refused.
+    while launch.poll() is None and (not holder.exists() or json.loads(holder.read_text())["pid"] == holds.pid):
+        time.sleep(0.02)
+    first = json.loads(holder.read_text())["pid"]
+    os.kill(first, signal.SIGSTOP)
+    try:
+        status, printed = command("mine", *settings, "--no-wait", log=tmp_path / "third")
+    finally:
+        os.kill(first, signal.SIGCONT)
+    assert status == 2 and f"error: {root} is in use by process {first} on" in printed, printed
+    assert launch.wait(timeout=280) == 0, (tmp_path / "launched").read_text()[-3000:]
+    printed = (tmp_path / "launched").read_text()
+    assert printed.count(f"is in use by process {holds.pid} on ") == printed.count("waiting until it is done") == 1
+    assert printed.count("INFO: train took ") == 1
+    assert not holder.exists()
+    status, printed = command("train", *settings, "--no-wait", log=tmp_path / "log")
+    assert status == 0 and "model: already made" in printed, printed
+
+
+def launched(*arguments: str | Path, log: Path) -> "subprocess.Popen[bytes]":
+    """Start ``train`` on two processes, as a user does."""
+    config = ROOT / "recipes" / "accelerate_configs" / "ddp_cpu.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, *map(str, (*launch, ROOT / "recipes" / "train_reranker.py", *arguments))],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
 
 
 @pytest.mark.slow

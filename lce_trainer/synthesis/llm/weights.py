@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import logging
 import os
+import secrets
 import shutil
 import socket
 from pathlib import Path
@@ -14,6 +15,7 @@ import psutil
 import torch
 import transformers
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lce_trainer.artifacts import file_sha256, read_manifest, write_manifest
@@ -23,6 +25,8 @@ from lce_trainer.names import load_checkpoint, load_tokenizer_files, resolve_mod
 from lce_trainer.synthesis.llm.protocol import LLMConfig
 
 logger = logging.getLogger(__name__)
+
+_CLOCK_ERROR = 2.0  # seconds by which a process can seem to have started later than it did
 
 
 def load_model(config: LLMConfig) -> tuple[Any, Any]:
@@ -113,10 +117,10 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
     logger.info("unpacking %s into %s; this takes a minute, once", gguf.name, folder)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        part = cache / f".{folder.name}.{socket.gethostname()}.{os.getpid()}"
+        part = cache / f".{folder.name}.{secrets.token_hex(4)}.{socket.gethostname()}.{os.getpid()}"
         part.mkdir()  # tempfile's folders are for their owner alone; this one is for who may use HF_HOME
     except OSError as error:
-        raise LLMError(f"cannot write {cache} ({error.strerror}): set HF_HOME to a folder that you can write") from None
+        raise _cannot_write(cache, error) from None
     try:
         # From 5.23 on weights can stay packed where a kernel for them is installed; those cannot be saved.
         unpacked = transformers.GgufConfig(dequantize=True) if hasattr(transformers, "GgufConfig") else None
@@ -131,24 +135,46 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
         plain.load_state_dict(model.state_dict(), assign=True)
         plain.tie_weights()
         plain.generation_config = model.generation_config
-        plain.save_pretrained(part)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
-        for file in part.iterdir():  # safetensors writes for the owner alone
-            file.chmod(part.stat().st_mode & 0o666)
-        names = [file.name for file in part.iterdir()]
-        write_manifest(part, names, kind="unpacked", config={}, inputs={}, counts={})
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         try:
+            plain.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            for file in part.iterdir():  # safetensors writes for the owner alone
+                file.chmod(part.stat().st_mode & 0o666)
+            names = [file.name for file in part.iterdir()]
+            write_manifest(part, names, kind="unpacked", config={}, inputs={}, counts={})
             part.rename(folder)
-        except OSError:
-            read_manifest(folder, "unpacked")  # another process was faster
+        except (OSError, SafetensorError) as error:
+            try:
+                read_manifest(folder, "unpacked")  # another process was faster
+            except ArtifactError:
+                raise _cannot_write(cache, error) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _cannot_write(cache: Path, error: Exception) -> LLMError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return LLMError(
+        f"cannot write {cache} ({reason}), where unpacked GGUF files are kept: make room, or set HF_HOME to a folder "
+        "that you can write"
+    )
 
 
 def _sweep(cache: Path) -> None:
     """Delete what processes of this machine that were killed while they unpacked have left."""
     for part in cache.glob(f".*.{socket.gethostname()}.*"):
         pid = part.name.rpartition(".")[2]
-        if pid.isdigit() and int(pid) != os.getpid() and not psutil.pid_exists(int(pid)):
+        if pid.isdigit() and not _is_at_work(int(pid), part):
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _is_at_work(pid: int, part: Path) -> bool:
+    """Return whether the process that made a folder lives: containers count anew, so its id alone is not enough."""
+    try:
+        return bool(psutil.Process(pid).create_time() < part.stat().st_mtime + _CLOCK_ERROR)
+    except psutil.NoSuchProcess:
+        return False
+    except (psutil.Error, OSError):
+        return True

@@ -3,6 +3,10 @@
 import json
 import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from helpers.paths import ROOT
 from helpers.tiny_llm import QUERIES, build_model, build_tokenizer, prompts
 from lce_trainer.errors import LLMError
 from lce_trainer.synthesis.llm.local import TransformersLLM
@@ -68,7 +73,7 @@ def test_a_gguf_file_is_unpacked_once_and_never_half(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr("transformers.PreTrainedModel.save_pretrained", partial(fail, OSError("disk full")))
-        with pytest.raises(LLMError, match="disk full"):
+        with pytest.raises(LLMError, match=r"cannot write .*/home/lce_trainer \(disk full\).* make room, or set HF_HOME"):
             llm.score(prompts(), QUERIES[:3])
     assert list((tmp_path / "home" / "lce_trainer").iterdir()) == []
 
@@ -85,6 +90,68 @@ def test_a_gguf_file_is_unpacked_once_and_never_half(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.save_pretrained", partial(fail, AssertionError()))
     again = TransformersLLM(LLMConfig(model=str(file), dtype="float32"))
     assert again.score(*pairs) == llm.score(*pairs)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_in_an_unpacked_gguf_file_has_it_unpacked_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, build_tokenizer(), build_model("llama"))
+    config = LLMConfig(model=str(file), dtype="float32")
+    scores = TransformersLLM(config).score(prompts(), QUERIES[:3])
+    (folder,) = (tmp_path / "home" / "lce_trainer").iterdir()
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "manifest.json"} <= whole.keys()
+    for name in sorted(whole):
+        flip(folder / name)
+        assert TransformersLLM(config).score(prompts(), QUERIES[:3]) == scores, name
+        assert f"unpacked again: {folder / name}" in caplog.text, name
+        caplog.clear()
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+KILLED = """
+import os, signal, sys
+from lce_trainer.synthesis.llm.protocol import LLMConfig
+from lce_trainer.synthesis.llm.weights import load_model
+
+def die(event, arguments):  # when the weights are written, and the tokenizer is not
+    if event == "open" and str(arguments[0]).endswith("manifest.json.part"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(die)
+load_model(LLMConfig(model=sys.argv[1], dtype="float32"))
+"""
+
+
+def test_what_a_kill_leaves_of_an_unpacked_gguf_file_is_swept(tmp_path, monkeypatch):
+    home, file = tmp_path / "home", tmp_path / "tiny.gguf"
+    write_gguf(file, build_tokenizer(), build_model("llama"))
+    command = [sys.executable, "-c", KILLED, str(file)]
+    process = subprocess.run(command, env={**os.environ, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)})
+    assert process.returncode == -signal.SIGKILL
+    (left,) = (home / "lce_trainer").iterdir()
+    assert left.name.startswith(".") and (left / "model.safetensors").stat().st_size > 0
+    # A container counts its processes anew: those two have the ids of processes that live, and started later.
+    name, _, _ = left.name.rpartition(".")
+    for number in (os.getpid(), os.getppid()):
+        shutil.copytree(left, left.with_name(f"{name}.{number}"))
+        os.utime(left.with_name(f"{name}.{number}"), (1, 1))
+    at_work = left.with_name(f"{name}x.{os.getppid()}")
+    shutil.copytree(left, at_work)
+    os.utime(at_work)
+    of_others = at_work.with_name(f".{left.name.split('.')[1]}.elsewhere.1")
+    shutil.copytree(left, of_others)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(home))
+    TransformersLLM(LLMConfig(model=str(file), dtype="float32")).score(prompts(), QUERIES[:3])
+    kept = {path.name for path in (home / "lce_trainer").iterdir()}
+    assert kept == {left.name.split(".")[1], at_work.name, of_others.name}
 
 
 def fail(error: Exception, *args, **kwargs):
