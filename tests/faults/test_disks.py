@@ -23,7 +23,7 @@ from lce_trainer.model.saving import save_reranker
 SHORT = [("label", 3, 2_000), ("train", 6, 30_000)]
 WHOLE = [("generate", 0, size) for size in (500, 4_000, 12_000)]
 WHOLE += [("label", 3, size) for size in (200, 1_000, 4_000, 8_000)]
-WHOLE += [("train", 4, size) for size in (1_000, 10_000, 60_000, 100_000, 150_000, 220_000, 300_000)]
+WHOLE += [("train", 4, size) for size in (1_000, 10_000, 60_000, 100_000, 150_000, 190_000, 220_000)]
 
 
 def check_full_disk(stage: str, made: int, size: int, finished, folder: Path) -> None:
