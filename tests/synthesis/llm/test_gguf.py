@@ -73,7 +73,9 @@ def test_a_gguf_file_is_unpacked_once_and_never_half(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr("transformers.PreTrainedModel.save_pretrained", partial(fail, OSError("disk full")))
-        with pytest.raises(LLMError, match=r"cannot write .*/home/lce_trainer \(disk full\).* make room, or set HF_HOME"):
+        with pytest.raises(
+            LLMError, match=r"cannot write .*/home/lce_trainer \(disk full\).* make room, or set HF_HOME"
+        ):
             llm.score(prompts(), QUERIES[:3])
     assert list((tmp_path / "home" / "lce_trainer").iterdir()) == []
 
