@@ -97,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread() and "RANK" not in os.environ:
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        return _run(arguments)
+        status = _run(arguments)
+        _leave_ranks()
+        return status
     except BrokenPipeError:  # the reader of a pipe, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -113,6 +115,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         return 143 if isinstance(stopped, _Terminated) else 130
+
+
+def _leave_ranks() -> None:
+    """Leave the other ranks of ``accelerate launch`` in good order.
+
+    gloo's threads would else live until the interpreter ends, and one that frees a tensor then aborts the process,
+    whose work was done (pytorch/pytorch#179291).
+    """
+    if "RANK" in os.environ:
+        import gc
+
+        from torch import distributed
+
+        gc.collect()  # a wrapped model holds the process group
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 class _Terminated(KeyboardInterrupt):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import transformers
 from datasets import Dataset
+from torch import distributed
 
 from helpers.tiny_recipe import write_recipe
 from lce_trainer.artifacts import read_manifest
@@ -492,3 +493,15 @@ def test_a_bar_moves_while_a_model_loads(recipe):
     states = [state for state in printed.decode().split("\r") if "Loading weights" in state]
     assert len(states) > 2 and any("100%" in state for state in states)
     assert b"kernels" not in printed
+
+
+def test_a_rank_that_has_done_its_work_leaves_the_others(monkeypatch, capsys):
+    """Or gloo's threads live until the interpreter ends, and may abort it then."""
+    monkeypatch.setenv("RANK", "0")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert main(["config", "mine"]) == 0
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

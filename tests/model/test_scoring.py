@@ -1,8 +1,5 @@
 """Scores of many pairs: window by window, by one process or several."""
 
-import os
-import subprocess
-import sys
 import tracemalloc
 
 import numpy as np
@@ -12,6 +9,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 
 from helpers.paths import TESTS
+from helpers.ranks import run_on_two_ranks
 from helpers.tiny import WORDS, build_tokenizer, ids_of_pairs, make_pairs
 from helpers.tiny_models import FAMILIES, tiny_tokenizer
 from lce_trainer import Reranker
@@ -231,12 +229,7 @@ def shared(tiny_reranker, tmp_path_factory):
     """What each of two processes got."""
     out = tmp_path_factory.mktemp("shared")
     (out / "share.py").write_text(SHARE.format(tests=str(TESTS), model=str(tiny_reranker), out=str(out)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(out / "share.py")], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks(out / "share.py", {"CUDA_VISIBLE_DEVICES": ""})
     got = [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
     return [{key: value.numpy() if torch.is_tensor(value) else value for key, value in rank.items()} for rank in got]
 

@@ -153,7 +153,7 @@ def free_port() -> str:
 @pytest.mark.timeout(900)
 def test_sharded_models_and_several_machines_train_as_one_process(finished, tmp_path):
     """Two launchers on 127.0.0.1 stand for two machines."""
-    train, sharded = RECIPES / "train_reranker.py", TESTS / "helpers" / "fsdp_on_cpu.py"
+    train, sharded = RECIPES / "train_reranker.py", TESTS / "helpers" / "rank.py"
     runs = {"cpu": (train, 1), "ddp_nodes": (train, 2), "fsdp2": (sharded, 2), "fsdp2_nodes": (sharded, 2)}
     if find_spec("deepspeed"):
         runs |= {"zero2": (train, 2), "zero3": (train, 2)}

@@ -8,6 +8,7 @@ from safetensors.torch import load
 from helpers.hub_client import TOKEN, client
 from helpers.hub_server import HubServer
 from helpers.paths import TESTS
+from helpers.ranks import TORCHRUN
 from helpers.sharded import FSDP, KINDS
 from helpers.tiny_models import tiny_model
 
@@ -150,13 +151,11 @@ def test_weights_that_are_in_parts_are_pushed_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("TOKEN_OF_THE_TEST", TOKEN)
     for name, value in {**FSDP, **KINDS["fsdp2 with sharded checkpoints"]}.items():
         monkeypatch.setenv(name, value)
-    tests = TESTS
     script = tmp_path / "run.py"
-    script.write_text((OTHERS + SHARDED).format(tests=str(tests), out=str(tmp_path)))
+    script.write_text((OTHERS + SHARDED).format(tests=str(TESTS), out=str(tmp_path)))
     launch = "import runpy; runpy.run_module('torch.distributed.run', run_name='__main__', alter_sys=True)"
-    arguments = ["--standalone", "--nproc-per-node=2", str(tests / "helpers" / "fsdp_on_cpu.py"), str(script)]
     with HubServer(tokens={TOKEN: "user"}) as hub:
-        done = client(hub, tmp_path / "home", None, launch, *arguments)
+        done = client(hub, tmp_path / "home", None, launch, *TORCHRUN, str(script))
         assert done.returncode == 0, done.stderr[-3000:]
         during, after = in_progress(hub, "parts"), hub.files("model", "user/parts")
     names = tiny_model("bert").state_dict().keys()

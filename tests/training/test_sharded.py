@@ -1,8 +1,5 @@
 """Models of which each rank holds a part: FSDP2 and DeepSpeed, with two processes on the CPU."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -15,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from helpers.paths import TESTS
+from helpers.ranks import run_on_two_ranks
 from helpers.sharded import FSDP, KINDS, WAYS, ZERO
 from helpers.tiny import build_tokenizer
 from helpers.tiny_models import FAMILIES, tiny_model
@@ -28,6 +26,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import torch
+from helpers.ranks import run_on_two_ranks
 from helpers.sharded import RUN, WAYS, end_of, is_shared_out
 from helpers.trainers import easy_groups, make_groups, make_trainer
 from transformers import EarlyStoppingCallback
@@ -77,15 +76,8 @@ def run_sharded(kind: str, out: Path) -> dict:
     build_tokenizer().save_pretrained(out / "base")
     script = out / "run.py"
     script.write_text((TRAIN + RESUME).format(tests=str(TESTS), out=str(out)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent), **KINDS[kind]}
-    if kind.startswith("fsdp"):
-        environment |= FSDP
-        command.append(str(TESTS / "helpers" / "fsdp_on_cpu.py"))
-    else:
-        environment |= ZERO
-    done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=580)
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {**(FSDP if kind.startswith("fsdp") else ZERO), **KINDS[kind]}
+    run_on_two_ranks(script, environment, timeout=580)
     return torch.load(out / "result.pt", weights_only=True)
 
 

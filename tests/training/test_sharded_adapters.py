@@ -1,8 +1,5 @@
 """Adapters trained by two processes on the CPU: each with the whole model (DDP), or with a part of it."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from shutil import which
 
@@ -12,6 +9,7 @@ from safetensors.torch import load_file
 
 from helpers.backbones import base_folder, pairs_of_all_lengths
 from helpers.paths import TESTS
+from helpers.ranks import run_on_two_ranks
 from helpers.sharded import FSDP, KINDS, ZERO
 from helpers.sharded_adapters import adapt
 from helpers.tiny_models import tiny_model
@@ -49,15 +47,10 @@ def test_adapters_on_two_ranks_are_trained_resumed_and_merged_as_on_one(kind, tm
     base_folder("qwen3", tmp_path / "base")
     script = tmp_path / "run.py"
     script.write_text(TRAIN.format(tests=str(TESTS), out=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
+    environment = {"ACCELERATE_USE_CPU": "true"}
     if kind != "ddp":
         environment |= {**(FSDP if kind.startswith("fsdp2") else ZERO), **KINDS[kind]}
-    if kind.startswith("fsdp2"):
-        command.append(str(TESTS / "helpers" / "fsdp_on_cpu.py"))
-    done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_on_two_ranks(script, environment)
 
     alone = adapt(tmp_path / "alone", 6)
     alone.train()

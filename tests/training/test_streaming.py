@@ -1,7 +1,4 @@
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +7,8 @@ from accelerate.data_loader import IterableDatasetShard
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
 
-from helpers.paths import ROOT, TESTS
+from helpers.paths import TESTS
+from helpers.ranks import run_on_two_ranks
 from helpers.streams import RUN, USELESS, make_stream
 from helpers.trainers import assert_same, make_groups, make_trainer, weights
 from lce_trainer.errors import ConfigError, GroupsError, TrainingError
@@ -242,11 +240,7 @@ trainer.end()
 def test_two_ranks_train_and_resume_a_stream_as_one(straight, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(tests=str(TESTS), out=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    root = str(ROOT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": root}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_on_two_ranks(script, {"ACCELERATE_USE_CPU": "true"})
     assert done.stderr.count("pass 1 over the stream: 14 groups read, 3 dropped") >= 1
     result = torch.load(tmp_path / "result.pt")
     assert result["ranks"] == 2

@@ -1,8 +1,5 @@
 """One step: the same update however it is cut, shared out, interrupted or rounded."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +7,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from helpers.paths import ROOT, TESTS
+from helpers.paths import TESTS
+from helpers.ranks import run_on_two_ranks
 from helpers.reference_loss import reference_group
 from helpers.tiny import build_tokenizer, ids_of_pairs
 from helpers.trainers import DISTILLED, assert_same, easy_groups, lively_model, make_groups, make_trainer, weights
@@ -164,11 +162,7 @@ trainer.end()
 def test_two_ranks_train_resume_and_evaluate_as_one(whole_batches, whole_distilled, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(tests=str(TESTS), out=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    root = str(ROOT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": root}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks(script, {"ACCELERATE_USE_CPU": "true"})
     result = torch.load(tmp_path / "result.pt")
     assert result["ranks_used"] == 2
     assert_same(result["ranks"], whole_batches, 1e-6)
