@@ -199,6 +199,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--dry-run", action="store_true", help="answer a sample and print what the rest costs")
         if name == "publish":
             command.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
+            command.add_argument("--anyway", action="store_true", help="publish a model that was measured to be WORSE")
             command.add_argument("--create-pr", action="store_true", help="open pull requests, and commit nothing")
             command.add_argument("--revision", metavar="BRANCH", help="publish to a branch, and not to main")
             command.add_argument(
@@ -422,6 +423,7 @@ def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
             include_passages=arguments.include_passages,
             revision=arguments.revision,
             create_pr=arguments.create_pr,
+            anyway=arguments.anyway,
         )
         print(published)
         return 0

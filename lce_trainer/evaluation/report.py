@@ -16,6 +16,7 @@ from lce_trainer.evaluation.metrics import MEASURES, Qrels, Run, ranking, rankin
 MEASURE_NAMES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "map@10": "MAP@10"}
 
 _SIGNIFICANT = 0.05
+WORSE = "WORSE"  # what a verdict begins with
 _BY_QUERY_FEATURES = datasets.Features(
     {
         "query_id": datasets.Value("string"),
@@ -133,7 +134,7 @@ def verdict(results: datasets.Dataset, system: str, *, synthetic: bool = False) 
     """
     rows = [row for row in results.to_list() if row["measure"] == "ndcg@10"]
     row = next(row for row in rows if row["system"] == system)
-    better = "BETTER" if row["difference"] > 0 else "WORSE"
+    better = "BETTER" if row["difference"] > 0 else WORSE
     outcome = better if row["p_value"] < _SIGNIFICANT else "NO DIFFERENCE SHOWN"
     outcome += " on SYNTHETIC queries" if synthetic else ""
     caution = ", which is no proof for queries that people ask" if synthetic else ""

@@ -14,7 +14,7 @@ import yaml
 
 from lce_trainer.artifacts import MANIFEST, Manifest, load_table, read_manifest
 from lce_trainer.errors import ArtifactError, ConfigError
-from lce_trainer.evaluation.report import markdown
+from lce_trainer.evaluation.report import WORSE, markdown
 from lce_trainer.hub.cards import JUDGE_SCORES, LEARNING_CURVE, Evaluation, RunFacts, dataset_card, model_card
 from lce_trainer.hub.contents import Repo, dataset_repo, model_repo
 from lce_trainer.hub.privacy import names_only
@@ -201,6 +201,14 @@ def _evaluations(run: Run, model: Manifest) -> list[Evaluation]:
             )
         )
     return evaluations
+
+
+def worse_verdicts(run: Run) -> list[str]:
+    """Return the verdicts of the run's evaluations, human or synthetic, that say that its model ranks worse."""
+    if not (run.root / "evaluation" / MANIFEST).is_file():
+        return []
+    verdicts = run.manifest("evaluation").facts.get("verdict", {}).values()
+    return [line for line in verdicts if line.startswith(WORSE)]
 
 
 def _add_pictures(facts: RunFacts, run: Run, groups: Path | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lce_trainer.artifacts import MANIFEST
-from lce_trainer.errors import ConfigError, LLMError
+from lce_trainer.errors import ConfigError, LLMError, PublishError
 from lce_trainer.evaluation.judged import read_queries
 from lce_trainer.hub.publish import Published
 from lce_trainer.hub.publish import publish as upload
@@ -32,7 +32,7 @@ from lce_trainer.pipeline.evaluate import (
     measured_queries,
     measures_synthetic,
 )
-from lce_trainer.pipeline.facts import repos
+from lce_trainer.pipeline.facts import repos, worse_verdicts
 from lce_trainer.pipeline.run import Made, Run, is_stale, open_journal
 from lce_trainer.pipeline.train import check_training, train_reranker
 from lce_trainer.synthesis import cost
@@ -288,9 +288,19 @@ def publish(
     include_passages: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
+    anyway: bool = False,
 ) -> Published:
-    """Publish the model and what it was trained on, each with its card; nothing is written into the run's folder."""
+    """Publish the model and what it was trained on, each with its card; nothing is written into the run's folder.
+
+    Raises:
+        PublishError: An evaluation says that the model ranks worse than what else ranks, and ``anyway`` is not set.
+    """
     contents = repos(run, include_passages)
+    worse = [] if anyway else worse_verdicts(run)
+    if worse and not dry_run:
+        raise PublishError(f"{worse[0]}: train it better, or publish it with --anyway; its card says so either way")
+    for line in worse:
+        logger.warning("%s: publish needs --anyway for such a model", line)
     return upload(
         *contents,
         private=run.recipe.publish.private,

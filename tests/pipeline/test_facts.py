@@ -27,7 +27,7 @@ from lce_trainer.cli import main
 from lce_trainer.errors import ArtifactError, ConfigError
 from lce_trainer.hub.contents import Repo
 from lce_trainer.pipeline.charts import draw_comparison, draw_curve, learning_curves
-from lce_trainer.pipeline.facts import _language, gather_facts, repos
+from lce_trainer.pipeline.facts import _language, gather_facts, repos, worse_verdicts
 from lce_trainer.pipeline.run import Run, open_run
 from lce_trainer.synthesis.retrieval.dense import Encoder
 
@@ -176,6 +176,25 @@ def test_what_does_not_belong_together_is_not_published(copied, changed, message
     edit_manifest(run.root / changed, counts={"another": 1})
     with pytest.raises(ArtifactError, match=message):
         repos(run)
+
+
+def test_a_model_that_was_measured_to_be_worse_is_published_only_on_request(copied, finished, tmp_path, capsys, caplog):
+    run = copied()
+    line = "WORSE: reranker + first stage against dense, nDCG@10 -0.100 [-0.150, -0.050], p 0.0002, 40 queries"
+    split = next(iter(read_manifest(run.root / "evaluation").facts["verdict"]))
+    publish = ["publish", str(finished.recipe), f"run_dir={tmp_path / 'run'}", *NAMES]
+    for outcome in ("BETTER", "NO DIFFERENCE SHOWN"):
+        edit_manifest(run.root / "evaluation", facts={"verdict": {split: line.replace("WORSE", outcome)}})
+        assert worse_verdicts(copied()) == []
+    edit_manifest(run.root / "evaluation", facts={"verdict": {split: line}})
+    assert main(publish) == 2  # before anything is sent: there is no Hub
+    assert f"{line}: train it better, or publish it with --anyway" in capsys.readouterr().err
+    assert main([*publish, "--dry-run"]) == 0
+    assert f"{line}: publish needs --anyway" in caplog.text
+    caplog.clear()
+    assert main([*publish, "--dry-run", "--anyway"]) == 0
+    assert "--anyway" not in caplog.text
+    assert f"**{line}**" in model_card(copied())
 
 
 def test_the_published_recipe_is_what_the_run_was_made_with(copied):
