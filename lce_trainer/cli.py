@@ -57,6 +57,14 @@ examples:
   lce-trainer export runs/quickstart/model --to onnx --int8
   lce-trainer export you/reranker --to onnx --output onnx-model --recipe recipe.yaml
 """
+_CHECK_EPILOG = """\
+transformers, sentence-transformers and ONNX Runtime, where they are installed, load the model and score drawn pairs,
+which are compared with lce_trainer's own scores. text-embeddings-inference, vLLM and llama.cpp are not run: what they
+read of a checkpoint is known by rules.
+
+examples:
+  lce-trainer check runs/quickstart/model
+"""
 _INIT_EPILOG = """\
 examples:
   lce-trainer init docs/
@@ -224,6 +232,8 @@ def parser() -> argparse.ArgumentParser:
     convert = add("convert", "write a reranker as a plain checkpoint, without training", _CONVERT_EPILOG)
     convert.add_argument("source", help="a Hub id or folder: a modular CrossEncoder, or adapters with their base")
     convert.add_argument("folder", type=Path, help="the folder to write, new or empty")
+    check = add("check", "try what loads a model, and whether it then scores the same", _CHECK_EPILOG)
+    check.add_argument("model", help="Hub id or folder of a reranker")
     export = add("export", "write a reranker for ONNX Runtime, and measure what that changes", _EXPORT_EPILOG)
     export.add_argument("model", help="a Hub id or folder of a reranker")
     export.add_argument("--to", choices=["onnx"], required=True, help="the format to write")
@@ -285,6 +295,9 @@ def _run(arguments: argparse.Namespace) -> int:
             return 0
         if arguments.command == "convert":
             print(_convert(arguments.source, arguments.folder))
+            return 0
+        if arguments.command == "check":
+            print(_check(arguments.model))
             return 0
         if arguments.command == "export":
             print(_export(arguments))
@@ -365,6 +378,13 @@ def _convert(source: str, folder: Path) -> str:
     reranker = Reranker.from_pretrained(source, device="cpu", packing="none")
     reranker.save_pretrained(folder)
     return f"Wrote {folder}, a plain {type(reranker.model).__name__} that scores as {source} does."
+
+
+def _check(name: str) -> str:
+    """Return what each loader makes of a model."""
+    from lce_trainer.model.check import check_model, describe_loaders
+
+    return describe_loaders(name, check_model(name))
 
 
 def _export(arguments: argparse.Namespace) -> str:

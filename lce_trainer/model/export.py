@@ -64,7 +64,7 @@ def export_onnx(name: str, folder: Path | None = None, *, int8: bool = False) ->
     folder, own = _target(name, folder)
     model = Reranker.from_pretrained(name, device="cpu", dtype=torch.float32, packing="none")
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = _pairs(model.tokenizer, min(model.max_length, _PAIR_TOKENS))
+    pairs = draw_pairs(model.tokenizer, min(model.max_length, _PAIR_TOKENS))
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as work:
         files = {backend: Path(work) / "onnx" / Path(file).name for backend, file in FILES.items()}
         files["onnx"].parent.mkdir()
@@ -134,7 +134,7 @@ def _open(name: str, file: Path, model: Reranker) -> Reranker:
     return Reranker(onnx, model.tokenizer, max_length=model.max_length, packing="none")
 
 
-def _pairs(tokenizer: PreTrainedTokenizerBase, longest: int) -> list[tuple[str, str]]:
+def draw_pairs(tokenizer: PreTrainedTokenizerBase, longest: int) -> list[tuple[str, str]]:
     """Return pairs of drawn tokens of every length, in whatever language the tokenizer knows."""
     draw = random.Random(13)
     special = set(tokenizer.all_special_ids)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from helpers.backbones import pairs_of_all_lengths, some_groups
-from helpers.tiny_models import lively, tiny_config, tiny_tokenizer
+from helpers.modular import save_modular
+from helpers.tiny_models import tiny_config, tiny_tokenizer
 from lce_trainer.cli import main
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.loading import has_head
@@ -24,32 +25,6 @@ SIZES = {
     "32 dimensions, 2 layers": {},
     "48 dimensions, 3 layers": {"hidden_size": 48, "num_hidden_layers": 3, "intermediate_size": 72, "norm_bias": True},
 }
-
-
-def save_modular(folder, pooling="cls", activation=None, bias=False, **sizes):
-    """A random modular CrossEncoder of Ettin's layout, whose norm has weights and biases that matter."""
-    from sentence_transformers import CrossEncoder
-    from sentence_transformers.base.modules import Dense, Transformer
-    from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
-
-    torch.manual_seed(1)
-    base = folder / "base"
-    lively(AutoModel.from_config(tiny_config("modernbert", **sizes))).save_pretrained(base)
-    tiny_tokenizer("modernbert").save_pretrained(base)
-    transformer = Transformer(str(base))
-    width = transformer.get_embedding_dimension()
-    modules = [
-        transformer,
-        Pooling(width, pooling),
-        Dense(width, width, bias=bias, activation_function=activation or torch.nn.GELU()),
-        LayerNorm(width),
-        Dense(width, 1, activation_function=torch.nn.Identity(), module_output_name="scores"),
-    ]
-    for parameter in modules[3].parameters():
-        torch.nn.init.normal_(parameter, mean=0.5)
-    model = CrossEncoder(modules=modules, device="cpu")
-    model.save_pretrained(str(folder / "modular"), create_model_card=False)
-    return folder / "modular"
 
 
 def crossed(folder, pairs):
