@@ -22,7 +22,7 @@ from lce_trainer.names import load_checkpoint, load_tokenizer_files, model_name,
 logger = logging.getLogger(__name__)
 
 _VECTORS = "vectors.npy"
-_EMBEDDED = 8192  # texts embedded between two moves of the progress bar; bounds memory as well
+_EMBEDDED = 1024  # texts embedded between two moves of the progress bar; bounds memory as well
 _PASSAGES = 1 << 16  # passage vectors that are multiplied at once
 _QUERIES = 256  # query vectors that are multiplied at once
 
