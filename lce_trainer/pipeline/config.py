@@ -298,7 +298,9 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
             raise ConfigError(f"{place} is too large a number") from None
     if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{place} must be {plain.__name__}, not {_as_text(value)}")
+    word = plain is str and isinstance(value, bool)  # such as the language no
+    hint = ": YAML reads an unquoted yes, no, on or off so; put quotes around it" if word else ""
+    raise ConfigError(f"{place} must be {plain.__name__}, not {_as_text(value)}{hint}")
 
 
 def _as_text(value: Any) -> str:

@@ -165,7 +165,9 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             self.metric_for_best_model = DEFAULT_METRIC
         for item in fields(self):
             value = getattr(self, item.name, None)
-            # YAML reads 2e-5 as a string.
+            # YAML reads an unquoted no as False, and 2e-5 as a string.
+            if value is False and item.name.endswith("_strategy"):
+                setattr(self, item.name, "no")
             if isinstance(value, str) and isinstance(item.default, float):
                 try:
                     setattr(self, item.name, float(value))

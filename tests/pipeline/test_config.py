@@ -62,6 +62,14 @@ def test_a_mistake_is_named(tmp_path, text, overrides, message):
         load_recipe(write(tmp_path, text), overrides, TRAINING)
 
 
+@pytest.mark.parametrize("key", ["publish.language", "corpus.language"])
+def test_norwegian_is_no_boolean(key, tmp_path):
+    with pytest.raises(ConfigError, match=f"{key} must be str, not False: YAML reads an unquoted yes, no, on or off"):
+        load_recipe(write(tmp_path, ""), [f"{key}=no"], TRAINING)
+    section, name = key.split(".")
+    assert getattr(getattr(load_recipe(write(tmp_path, ""), [f"{key}='no'"], TRAINING), section), name) == "no"
+
+
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no recipe at"):
         load_recipe(tmp_path / "nothing.yaml")

@@ -25,8 +25,10 @@ def test_bf16_is_accepted_where_there_is_no_accelerator(tmp_path):
     assert LCETrainingArguments(str(tmp_path), bf16=True).mixed_precision == "bf16"
 
 
-def test_numbers_may_come_as_yaml_reads_them(tmp_path):
-    assert LCETrainingArguments(str(tmp_path), learning_rate="2e-4").learning_rate == 2e-4
+def test_numbers_and_no_may_come_as_yaml_reads_them(tmp_path):
+    args = LCETrainingArguments(str(tmp_path), learning_rate="2e-4", eval_strategy=False, save_strategy=False)
+    assert args.learning_rate == 2e-4
+    assert (args.eval_strategy, args.save_strategy, args.logging_strategy) == ("no", "no", "steps")
 
 
 def test_ranking_decides_which_checkpoint_is_best(tmp_path):
