@@ -2,6 +2,9 @@
 
 A page asks for it by a comment: ``<!-- recipe -->``, ``<!-- training arguments -->`` or ``<!-- command -->``; and for a
 document of the repository by ``<!-- include CHANGELOG.md -->``, or the README's table by ``<!-- results -->``.
+
+``llms.txt`` is the list of pages for a language model, see https://llmstxt.org: ``python -m docs.hooks`` writes it
+anew, and the site has it at its root.
 """
 
 import html
@@ -10,6 +13,9 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[1]
+LLMS = ROOT / "docs" / "llms.txt"
 
 os.environ.setdefault("COLUMNS", "100")  # of argparse's help
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks when transformers imports it
@@ -28,8 +34,37 @@ def on_page_content(content: str, **kwargs: Any) -> str:
     return re.sub(r"::</p>", ":</p>", content)
 
 
+def on_post_build(config: Any, **kwargs: Any) -> None:
+    """Put the list of pages for language models at the root of the site."""
+    text = re.sub(r"\]\(docs/(.*?)(?:index)?\.md\)", lambda found: f"]({found[1].rstrip('/') or '.'}/)", list_pages())
+    (Path(config["site_dir"]) / "llms.txt").write_text(text, encoding="utf-8")
+
+
+def list_pages() -> str:
+    """Return ``llms.txt``: every page with its title and first sentence, by section of the navigation."""
+    import yaml
+
+    lines: dict[str, list[str]] = {}
+    for entry in yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]:
+        ((section, pages),) = entry.items()
+        for page in [pages] if isinstance(pages, str) else pages:
+            path = page if isinstance(page, str) else next(iter(page.values()))
+            text = _document(f"docs/{path}")
+            text = re.sub(r"<!-- include (\S+) -->", lambda found: _document(found[1]), text)
+            title = re.search(r"^# (.+)", text, re.MULTILINE)[1]
+            first = re.search(r"^# .+\n+(?!#|```|- |\||<)((?:.+\n?)+)", text, re.MULTILINE)
+            sentence = re.split(r"(?<=[.:])\s", " ".join(first[1].split()))[0] if first else ""
+            plain = re.sub(r"\[([^]]*)\]\([^)]*\)|\*\*|<[^>]+>", r"\1", sentence)
+            lines.setdefault(section if isinstance(pages, list) else "Start", []).append(
+                f"- [{title}](docs/{path})" + (f": {plain}" if plain else "")
+            )
+    head = re.search(r"\n\n(?!\*)(An LLM writes .+?\.)\s", _document("README.md"), re.DOTALL)
+    parts = ["# lce_trainer", "> " + " ".join(head[1].split())]
+    return "\n\n".join([*parts, *(f"## {name}\n\n" + "\n".join(found) for name, found in lines.items())]) + "\n"
+
+
 def _document(name: str) -> str:
-    text = (Path(__file__).parents[1] / name).read_text(encoding="utf-8")
+    text = (ROOT / name).read_text(encoding="utf-8")
     return text.replace("](docs/", "](")
 
 
@@ -85,3 +120,7 @@ def _table(keys: "list[Any]") -> str:
 def _code(text: str) -> str:
     """Return code for a cell of a table, where Markdown's own quotes would keep the backslash before a bar."""
     return f"<code>{html.escape(text).replace('|', '&#124;').replace('_', '&#95;').replace('*', '&#42;')}</code>"
+
+
+if __name__ == "__main__":
+    LLMS.write_text(list_pages(), encoding="utf-8")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from docs.design.draw import DRAWING, arrows, draw
+from docs.hooks import LLMS, list_pages
 from helpers.snippets import run_code
 from lce_trainer.cli import main
 from lce_trainer.model.saving import write_calibration
@@ -93,7 +94,16 @@ def test_the_site_builds_without_warnings_and_asks_no_other_server(tmp_path):
     arguments = text_of(tmp_path / "site" / "reference" / "arguments" / "index.html")
     assert "micro_batch_size" in arguments and "gradient_accumulation_steps" in arguments
     assert "lce-trainer init" in text_of(tmp_path / "site" / "reference" / "command" / "index.html")
+    linked = re.findall(r"\]\(([^)]+)\)", text_of(tmp_path / "site" / "llms.txt"))
+    assert len(linked) == len(PAGES)
+    assert [link for link in linked if not (tmp_path / "site" / link / "index.html").exists()] == []
     assert "0.368" in text_of(tmp_path / "site" / "benchmarks" / "index.html")
+
+
+def test_the_list_for_language_models_is_that_of_the_pages():
+    assert LLMS.read_text(encoding="utf-8") == list_pages(), "run python -m docs.hooks"
+    for page in PAGES:
+        assert f"](docs/{page.relative_to(DOCS).as_posix()})" in list_pages()
 
 
 def test_the_drawing_is_that_of_the_code_and_small():
