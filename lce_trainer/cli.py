@@ -89,6 +89,16 @@ examples:
   lce-trainer calibrate models/mine --pairs labelled.csv
   lce-trainer calibrate BAAI/bge-reranker-base --pairs labelled.csv --output models/calibrated
 """
+_ATTACK_EPILOG = """\
+The groups are what training takes: rows of query, passage and label, triplets, or groups; best judged by people.
+With a recipe, whose model is then attacked, they may be left out: its dev queries are used, or else the groups held out
+from training. Nothing is changed.
+
+examples:
+  lce-trainer attack recipe.yaml
+  lce-trainer attack models/mine --groups labelled.csv --json attacks.json
+  lce-trainer attack BAAI/bge-reranker-base --groups labelled.csv
+"""
 _CONFIG_EPILOG = """\
 examples:
   lce-trainer config                     every section
@@ -255,6 +265,18 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_argument(
         "--no-wait", action="store_true", help="fail if another command works in the run folder, do not wait for it"
     )
+    attack = add("attack", "measure what authors of passages could add to rank higher", _ATTACK_EPILOG)
+    attack.add_argument("model", help="a folder or Hub id, or a recipe (.yaml) whose model is attacked")
+    attack.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
+    attack.add_argument("--groups", metavar="FILE", help="judged groups or pairs, a file, a folder or a Hub dataset id")
+    attack.add_argument("--queries", type=int, default=200, metavar="N", help="queries at most, drawn by a seed (200)")
+    attack.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
+    attack.add_argument(
+        "--special-tokens", action="store_true", help="let special tokens in passages keep their meaning, to compare"
+    )
+    attack.add_argument(
+        "--no-wait", action="store_true", help="fail if another command works in the run folder, do not wait for it"
+    )
     return command_line
 
 
@@ -304,6 +326,9 @@ def _run(arguments: argparse.Namespace) -> int:
             return 0
         if arguments.command == "calibrate":
             _calibrate(arguments)
+            return 0
+        if arguments.command == "attack":
+            _attack(arguments)
             return 0
         from lce_trainer.artifacts import writing
         from lce_trainer.pipeline.run import open_run
@@ -429,6 +454,29 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     if arguments.overrides:
         raise ConfigError(f"{arguments.overrides[0]} overrides a recipe, and {arguments.model} is none")
     report(calibrate_model(arguments.model, *chosen))
+
+
+def _attack(arguments: argparse.Namespace) -> None:
+    """Attack a model, or that of a recipe, and print the figures."""
+    from lce_trainer.artifacts import writing
+    from lce_trainer.errors import ConfigError
+    from lce_trainer.pipeline.attack import attack_model, attack_run, describe_attacks, write_attacks
+    from lce_trainer.pipeline.run import open_run
+
+    def report(found: dict[str, Any]) -> None:
+        if arguments.json is not None:
+            write_attacks(found, arguments.json)
+        print(describe_attacks(found))
+
+    chosen = arguments.groups, arguments.queries, arguments.special_tokens
+    if Path(arguments.model).suffix in (".yaml", ".yml"):
+        run = open_run(Path(arguments.model), arguments.overrides)
+        with writing(run.root), run.held(wait=not arguments.no_wait):
+            run.lead(lambda: report(attack_run(run, *chosen)))
+        return
+    if arguments.overrides:
+        raise ConfigError(f"{arguments.overrides[0]} overrides a recipe, and {arguments.model} is none")
+    report(attack_model(arguments.model, *chosen))
 
 
 def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:

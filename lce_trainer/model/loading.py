@@ -20,7 +20,7 @@ from lce_trainer.model.adapters import load_merged
 from lce_trainer.model.crossencoder import apply_prompt_settings, logit_score_tokens, read_json
 from lce_trainer.model.families import family_of, first_position, has_trained_head, is_head_weight
 from lce_trainer.model.modular import configure_head, read_modular_head, set_head
-from lce_trainer.model.template import configure_template
+from lce_trainer.model.template import configure_template, keep_special_tokens
 from lce_trainer.model.yes_no import answer_ids, configure_answers, is_language_model, set_answer_ids
 from lce_trainer.names import failed, load_checkpoint, load_tokenizer_files, resolve_model
 
@@ -151,8 +151,16 @@ def match_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def configure_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def configure_pairs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, special_tokens_in_texts: bool | None = None
+) -> None:
     """Have the tokenizer make pairs as the model reads them, and both pad with one token.
+
+    Args:
+        model: Its config may be changed.
+        tokenizer: Is changed.
+        special_tokens_in_texts: Whether they keep their meaning, see
+            :func:`lce_trainer.model.template.keep_special_tokens`.
 
     Raises:
         TrainingError: They do not fit together.
@@ -164,6 +172,7 @@ def configure_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
             "models, or the model was not resized for added tokens (model.resize_token_embeddings)"
         )
     _configure_template(model.config, tokenizer, is_language_model(model))
+    keep_special_tokens(tokenizer, special_tokens_in_texts)
     match_padding(model, tokenizer)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lce_trainer.errors import TrainingError
-from lce_trainer.model.template import JOINTS, PairTemplate, pair_template, plain_backend
+from lce_trainer.model.template import JOINTS, PairTemplate, as_text, pair_template, plain_backend
 
 _TEXTS = 1024  # tokenized at once: what a tokenizer makes of whole long texts is many times their size
 
@@ -184,7 +184,8 @@ def _pair_layout(tokenizer: PreTrainedTokenizerBase, after: bytes | None, has_ty
 
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> TokenLists:
-    """Tokenize texts, without special tokens."""
+    """Tokenize texts, without special tokens around them; those in them are text, see :func:`as_text`."""
+    texts = as_text(tokenizer, texts)
     backend = plain_backend(tokenizer)
     parts = (texts[start : start + _TEXTS] for start in range(0, len(texts), _TEXTS))
     encodings = (backend.encode_batch_fast(part, add_special_tokens=False) for part in parts)
@@ -276,18 +277,21 @@ def encode_by_template(
             f"max_length is {max_length}, but the template of pairs takes {template.overhead} tokens: raise it"
         )
     backend = plain_backend(tokenizer)
+    texts = {text: "" for pair in pairs for text in pair}
+    texts = dict(zip(texts, as_text(tokenizer, list(texts)), strict=True))
+    pairs = [(texts[query], texts[passage]) for query, passage in pairs]
     places = {query: place for place, query in enumerate(dict.fromkeys(query for query, _ in pairs))}
     queries = backend.encode_batch(list(places), add_special_tokens=False)
 
     def encode(rows: Sequence[int], limits: Sequence[int]) -> list[Any]:
-        texts = []
+        rendered = []
         for row, limit in zip(rows, limits, strict=True):
             query, passage = pairs[row]
             tokens = queries[places[query]]
-            texts.append(
+            rendered.append(
                 template.render(query[: tokens.offsets[limit - 1][1]] if len(tokens) > limit else query, passage)
             )
-        return list(backend.encode_batch(texts, add_special_tokens=False))
+        return list(backend.encode_batch(rendered, add_special_tokens=False))
 
     sizes = [len(queries[places[query]]) for query, _ in pairs]
     limit = max_length if max_query_length is None else max_query_length

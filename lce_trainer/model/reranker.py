@@ -53,6 +53,7 @@ class Reranker:
         *,
         max_length: int | None = None,
         packing: Literal["auto", "none"] = "auto",
+        special_tokens_in_texts: bool | None = None,
     ) -> None:
         """Wrap a loaded model; see :meth:`from_pretrained`."""
         if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
@@ -61,7 +62,7 @@ class Reranker:
             raise ConfigError(f"packing must be 'auto' or 'none', not {packing!r}")
         self.model = model.eval()
         self.tokenizer = tokenizer
-        configure_pairs(model, tokenizer)
+        configure_pairs(model, tokenizer, special_tokens_in_texts)
         limit = longest_input(model)
         self.max_length = max_length or min(tokenizer.model_max_length, limit)
         if self.max_length > limit:
@@ -81,6 +82,7 @@ class Reranker:
         max_length: int | None = None,
         yes_no: bool | None = None,
         packing: Literal["auto", "none"] = "auto",
+        special_tokens_in_texts: bool | None = None,
         backend: Literal["torch", "onnx", "onnx-int8"] = "torch",
     ) -> "Reranker":
         """Load a reranker.
@@ -94,6 +96,9 @@ class Reranker:
                 of a checkpoint which says so.
             packing: With auto pairs are scored without padding where the model's family can be, and
                 with none padded.
+            special_tokens_in_texts: With False ``[SEP]``, ``<pad>`` and the like are text where they stand in a query
+                or passage, so that no author of a passage can use them; with True they keep their meaning. If None, as
+                the model was trained, and False where its checkpoint does not say.
             backend: With onnx and onnx-int8 ONNX Runtime scores on the CPU, with the file that ``lce-trainer export``
                 has written; pairs are padded then, and device, dtype and yes_no are not chosen.
 
@@ -104,15 +109,24 @@ class Reranker:
                 ONNX Runtime is not installed.
         """
         if backend != "torch":
-            return cls._from_onnx(name, backend, max_length, device=device, dtype=dtype, yes_no=yes_no)
+            texts = special_tokens_in_texts
+            return cls._from_onnx(name, backend, max_length, texts, device=device, dtype=dtype, yes_no=yes_no)
         place = _resolve_device(device)
         if not isinstance(dtype, torch.dtype) and dtype not in (None, "auto", *DTYPES):
             raise ConfigError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, not {dtype!r}")
         model = load_model(name, dtype=dtype or "auto", yes_no=yes_no, trained=True)
-        return cls(model.to(place), load_tokenizer(name), max_length=max_length, packing=packing)
+        return cls(
+            model.to(place),
+            load_tokenizer(name),
+            max_length=max_length,
+            packing=packing,
+            special_tokens_in_texts=special_tokens_in_texts,
+        )
 
     @classmethod
-    def _from_onnx(cls, name: str | Path, backend: str, max_length: int | None, **chosen: Any) -> "Reranker":
+    def _from_onnx(
+        cls, name: str | Path, backend: str, max_length: int | None, special_tokens_in_texts: bool | None, **chosen: Any
+    ) -> "Reranker":
         from lce_trainer.model.onnx import FILES, load_onnx  # which needs packages of an extra
 
         if backend not in FILES:
@@ -123,7 +137,13 @@ class Reranker:
             raise ConfigError(
                 f"{key}={str(value)!r} cannot be chosen with backend={backend!r}, whose file scores on a CPU"
             )
-        return cls(load_onnx(name, backend), load_tokenizer(name), max_length=max_length, packing="none")
+        return cls(
+            load_onnx(name, backend),
+            load_tokenizer(name),
+            max_length=max_length,
+            packing="none",
+            special_tokens_in_texts=special_tokens_in_texts,
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a plain checkpoint; adapters that were loaded are part of it.

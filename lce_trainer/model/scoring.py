@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lce_trainer.distributed import passes_are_collective, until_all_ranks_end
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.pairs import EncodedPairs, encode_by_template, pair_layout, tokenize_texts
-from lce_trainer.model.template import pair_template
+from lce_trainer.model.template import as_text, pair_template
 
 WINDOW = 16384  # pairs in memory at once, of all ranks together: bounds what texts and token ids take
 
@@ -174,10 +174,8 @@ def _encoder(
         encoded = encode_by_template(tokenizer, template, pairs, max_length)[0]
         return encoded.lengths, encoded.take
     if not tokenizer.is_fast:
-        queries, passages = zip(*pairs, strict=True)
-        encoded = EncodedPairs.of(
-            tokenizer(list(queries), list(passages), truncation="longest_first", max_length=max_length)
-        )
+        queries, passages = (as_text(tokenizer, texts) for texts in zip(*pairs, strict=True))
+        encoded = EncodedPairs.of(tokenizer(queries, passages, truncation="longest_first", max_length=max_length))
         return encoded.lengths, encoded.take
     places = {text: place for place, text in enumerate(dict.fromkeys(chain.from_iterable(pairs)))}
     rows = np.fromiter(map(places.__getitem__, chain.from_iterable(pairs)), np.int64, 2 * len(pairs)).reshape(-1, 2)

@@ -13,6 +13,7 @@ meet; what does not fit is taken from the passage, and never from the query or t
 import importlib.resources
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -23,6 +24,8 @@ from lce_trainer.errors import TrainingError
 from lce_trainer.model.families import family_of, has_trained_head
 
 logger = logging.getLogger(__name__)
+
+_KEEPS = "special_tokens_in_texts"  # in tokenizer_config.json
 
 JOINTS = 2  # tokens that a pair may have beyond those of its texts and its template, where these meet
 
@@ -109,11 +112,76 @@ def is_for_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the tokenizer's own engine, set to cut and pad nothing."""
+    """Return the tokenizer's own engine, set to cut and pad nothing, and to read special tokens in texts as text.
+
+    Where pairs go through a template, whose special tokens keep their meaning, those of texts are left to
+    :func:`as_text`.
+    """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
+    backend.encode_special_tokens = tokenizer.chat_template is None and not keeps_special_tokens(tokenizer)
     return backend
+
+
+def keep_special_tokens(tokenizer: PreTrainedTokenizerBase, keep: bool | None) -> None:
+    """Set whether special tokens that stand in a query or passage, such as ``[SEP]``, keep their meaning.
+
+    The choice is saved in ``tokenizer_config.json``. Without a template ``split_special_tokens`` is set besides, by
+    which other loaders of the checkpoint read them as text too.
+
+    Args:
+        tokenizer: Is changed; its chat template must be the one of its pairs.
+        keep: None leaves the choice that the tokenizer was saved with: they are text where it has none.
+    """
+    keep = keeps_special_tokens(tokenizer) if keep is None else keep
+    tokenizer.init_kwargs.pop(_KEEPS, None)
+    if keep:
+        tokenizer.init_kwargs[_KEEPS] = True
+    splits = tokenizer.chat_template is None and not keep  # it would split those of a template as well
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = splits
+
+
+def keeps_special_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether special tokens in texts keep their meaning; see :func:`keep_special_tokens`."""
+    return bool(tokenizer.init_kwargs.get(_KEEPS, False))
+
+
+def as_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """Return texts in which nothing is read as a special token: ``<|im_end|>`` becomes ``< |im_end|>``.
+
+    Only what the tokenizer would not take for text by itself is changed; and nothing, where special tokens in texts
+    shall keep their meaning.
+    """
+    if keeps_special_tokens(tokenizer):
+        return list(texts)
+    pattern = _control_tokens(tokenizer, str(tokenizer.chat_template or ""), len(tokenizer))
+    return list(texts) if pattern is None else [_set_apart(pattern, text) for text in texts]
+
+
+def _set_apart(pattern: re.Pattern[str], text: str) -> str:
+    while pattern.search(text):  # tokens can overlap, so that setting one apart leaves another
+        text = pattern.sub(lambda found: f"{found.group()[0]} {found.group()[1:]}", text)
+    return text
+
+
+@lru_cache(maxsize=16)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, template: str, size: int) -> re.Pattern[str] | None:
+    """Return what finds the special tokens of texts; ``template`` and ``size`` make the cache notice changes."""
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.special or token.content in template]
+    tokens = {str(token.content) for token in added} | set(tokenizer.all_special_tokens)
+    if tokenizer.is_fast and not template:
+        # A unigram model may have <pad> among its own pieces.
+        backend = plain_backend(tokenizer)
+        around = ("{}", "a {} a", "a{}a")
+        tokens = {
+            token
+            for token in tokens - {tokenizer.unk_token}
+            for form in around
+            if backend.token_to_id(token) in backend.encode(form.format(token), add_special_tokens=False).ids
+        }
+    long = sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, long))) if long else None
 
 
 def _default_template() -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 
 from lce_trainer.artifacts import MANIFEST, Manifest, file_sha256, read_manifest, replace_manifest
@@ -73,16 +74,9 @@ def calibrate_run(run: Run, pairs: str | None, precision: float | None, output: 
     before, model = run.manifest("model"), run.root / "model"
     if pairs is not None:
         labelled, source, by = _not_trained_on(run, read_pairs(run.find(pairs))), Path(pairs).name, "people"
-    elif run.recipe.evaluate.dev_queries is not None:
-        read_corpus(run)
-        rows = dev_groups(run, run.recipe.evaluate.top_k, None)
-        labelled, source, by = _pairs_of(rows), Path(run.recipe.evaluate.dev_queries).name, "people"
     else:
-        rows = held_out_groups(run, _measured_on(run))
-        labelled, source, by = _pairs_of(rows), "the groups held out from training", "the judge of the groups"
-        logger.warning(
-            "there are no dev queries: the probabilities are those of the judge's labels, and not of people's"
-        )
+        rows, source, by = judged_groups(run)
+        labelled = _pairs_of(rows)
     found, reranker = _calibrate(str(model), labelled, source, by, precision)
     folder = _keep(found, reranker, model, output)
     if output is not None:
@@ -91,6 +85,24 @@ def calibrate_run(run: Run, pairs: str | None, precision: float | None, output: 
     _seal_again(run, before)
     page = write_report(run)
     return {**found, "page": None if page is None else str(page)}
+
+
+def judged_groups(run: Run) -> tuple[datasets.Dataset, str, str]:
+    """Return groups that the recipe's model was not trained on, where they come from, and who labelled them.
+
+    They are its dev queries with the candidates of the first stage; or in a recipe without any, the groups that were
+    held out from training, whose labels are the judge's.
+
+    Raises:
+        ArtifactError: The model was trained when other groups were held out.
+    """
+    dev = run.recipe.evaluate.dev_queries
+    if dev is not None:
+        read_corpus(run)
+        return dev_groups(run, run.recipe.evaluate.top_k, None), Path(dev).name, "people"
+    rows = held_out_groups(run, _measured_on(run))
+    logger.warning("there are no dev queries: what is found is of the judge's labels, and not of people's")
+    return rows, "the groups held out from training", "the judge of the groups"
 
 
 def describe_calibration(found: Mapping[str, Any]) -> str:

@@ -50,6 +50,14 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
     max_query_length: int = field(
         default=64, metadata={"help": "Tokens of a query at most while training; shorter ones are kept whole."}
     )
+    special_tokens_in_texts: bool = field(
+        default=False,
+        metadata={
+            "help": "With false, [SEP], <pad> and the like are text where they stand in a query or passage, in "
+            "training and after, so that no author of a passage can use them. With true they keep their meaning, for "
+            "passages such as `title [SEP] text`."
+        },
+    )
     # --- Model ---
     yes_no: bool | None = field(
         default=None,

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.pairs import EncodedPairs, TokenLists, encode_groups, join_pairs, slice_indices
-from lce_trainer.model.template import pair_overhead
+from lce_trainer.model.template import keep_special_tokens, pair_overhead
 from lce_trainer.training.sampling import sample_group
 
 
@@ -118,6 +118,7 @@ class GroupCollator:
         max_query_length: Tokens of a query at most.
         seed: Seed of the draw, see :func:`lce_trainer.training.sampling.sample_group`.
         curriculum_epochs: Epochs in which the draw goes from easy to hard; see there.
+        special_tokens_in_texts: Whether they keep their meaning, or are text; set in the tokenizer.
 
     Raises:
         TrainingError: The tokenizer is not a fast one, has no pad token, or no room is left for
@@ -130,8 +131,10 @@ class GroupCollator:
     max_query_length: int = 64
     seed: int = 42
     curriculum_epochs: int | None = None
+    special_tokens_in_texts: bool = False
 
     def __post_init__(self) -> None:
+        keep_special_tokens(self.tokenizer, self.special_tokens_in_texts)
         if not self.tokenizer.is_fast:
             raise TrainingError(f"{type(self.tokenizer).__name__} is not a fast tokenizer: load it with AutoTokenizer")
         if self.tokenizer.pad_token_id is None:
@@ -197,6 +200,7 @@ def group_collator(tokenizer: PreTrainedTokenizerBase, args: Any) -> GroupCollat
         args.max_query_length,
         args.seed if args.data_seed is None else args.data_seed,
         args.curriculum_epochs,
+        args.special_tokens_in_texts,
     )
 
 

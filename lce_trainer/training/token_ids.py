@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from lce_trainer.model.pairs import TokenLists
-from lce_trainer.model.template import pair_template, plain_backend
+from lce_trainer.model.pairs import TokenLists, tokenize_texts
+from lce_trainer.model.template import keeps_special_tokens, pair_template, plain_backend
 from lce_trainer.training.arguments import LCETrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -65,13 +65,13 @@ def token_ids(
         if args.pretokenize:
             logger.warning("pretokenize: pairs that go through a template are tokenized as one text, each time")
         return None
-    backend = plain_backend(tokenizer)
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = dict.fromkeys([*batch["query"], *(text for texts in batch["passages"] for text in texts)])
-        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        found = tokenize_texts(tokenizer, list(texts))
         # A pair holds fewer tokens of a text than this, so a text that is cut is still known to be.
-        ids = {text: encoding.ids[: args.max_length] for text, encoding in zip(texts, encodings, strict=True)}
+        parts = zip(texts, found.starts, np.minimum(found.counts, args.max_length), strict=True)
+        ids = {text: found.ids[start : start + count] for text, start, count in parts}
         return {
             "query": [ids[text] for text in batch["query"]],
             "passages": [[ids[text] for text in texts] for texts in batch["passages"]],
@@ -79,7 +79,8 @@ def token_ids(
 
     columns = groups.select_columns(["query", "passages"])
     # Not the dataset's own fingerprint: groups converted anew, by each rank or run, would have another one.
-    of = json.dumps([Hasher.hash_bytes(_content(columns)), backend.to_str(), args.max_length])
+    made_by = [plain_backend(tokenizer).to_str(), keeps_special_tokens(tokenizer), args.max_length]
+    of = json.dumps([Hasher.hash_bytes(_content(columns)), *made_by])
     key = hashlib.sha256(of.encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lce_trainer"
     folder.mkdir(parents=True, exist_ok=True)

@@ -551,7 +551,7 @@ def prepare_model(
     if tokenizer is None:
         raise TrainingError("pass the tokenizer as processing_class, or the model by its name")
     if model is not None:
-        configure_pairs(model, tokenizer)
+        configure_pairs(model, tokenizer, args.special_tokens_in_texts)
         config: Any = getattr(model, "config", None)
         for key in ("calibration", "first_stage_weight"):
             if getattr(config, key, None) is not None:

@@ -225,6 +225,7 @@ class TransformersLLM:
         """The tokenizer's control tokens, as they would be read in a text."""
         added = [str(token.content) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
         tokens = sorted({*added, *self._tokenizer.all_special_tokens}, key=len, reverse=True)
+        tokens = [token for token in tokens if len(token) > 1]  # one of a single character cannot be set apart
         return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
     def _inert(self, text: str) -> str:
