@@ -44,6 +44,14 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
             "(e + 1) / curriculum_epochs of each group's, which must stand with the hardest first. null: from all."
         },
     )
+    stuffed_negatives: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the negatives, from 0 to 1, to which the query or its words are added, drawn anew in "
+            "each epoch: the model then learns that repeating a query answers none. Labels and scores stay those of "
+            "the passage; `lce-trainer attack` measures what it gains. 0: none."
+        },
+    )
     max_length: int = field(
         default=256, metadata={"help": "Tokens of a query and passage together at most; the passage is cut."}
     )
@@ -106,7 +114,7 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
         metadata={
             "help": "Tokenize all groups once, before the first step, into the cache of datasets, which later runs "
             "reuse: a batch is then put together from memory-mapped ids. null: on an accelerator. Not for streams, "
-            "nor where pairs go through a template."
+            "nor where pairs go through a template or negatives are stuffed."
         },
     )
     split_groups: bool = field(
@@ -231,6 +239,8 @@ class LCETrainingArguments(TrainingArguments):  # type: ignore[misc]
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
         if not 0 <= self.distillation_weight <= 1:
             raise ConfigError(f"distillation_weight must be from 0 to 1, not {self.distillation_weight}")
+        if not 0 <= self.stuffed_negatives <= 1:
+            raise ConfigError(f"stuffed_negatives must be from 0 to 1, not {self.stuffed_negatives}")
         if self.packing not in ("auto", "none"):
             raise ConfigError(f"packing must be auto or none, not {self.packing!r}")
         if self.label_smoothing_factor:

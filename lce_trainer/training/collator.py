@@ -14,6 +14,7 @@ from lce_trainer.errors import TrainingError
 from lce_trainer.model.pairs import EncodedPairs, TokenLists, encode_groups, join_pairs, slice_indices
 from lce_trainer.model.template import keep_special_tokens, pair_overhead
 from lce_trainer.training.sampling import sample_group
+from lce_trainer.training.stuffing import stuff_negatives
 
 
 class StreamPosition(NamedTuple):
@@ -119,6 +120,7 @@ class GroupCollator:
         seed: Seed of the draw, see :func:`lce_trainer.training.sampling.sample_group`.
         curriculum_epochs: Epochs in which the draw goes from easy to hard; see there.
         special_tokens_in_texts: Whether they keep their meaning, or are text; set in the tokenizer.
+        stuffed_negatives: Share of the negatives that are stuffed, see :mod:`lce_trainer.training.stuffing`.
 
     Raises:
         TrainingError: The tokenizer is not a fast one, has no pad token, or no room is left for
@@ -132,6 +134,7 @@ class GroupCollator:
     seed: int = 42
     curriculum_epochs: int | None = None
     special_tokens_in_texts: bool = False
+    stuffed_negatives: float = 0.0
 
     def __post_init__(self) -> None:
         keep_special_tokens(self.tokenizer, self.special_tokens_in_texts)
@@ -185,10 +188,17 @@ class GroupCollator:
         limits = (self.max_length, self.max_query_length)
         queries = [row["query"] for row in groups]
         if groups and isinstance(queries[0], TokenLists):
+            if self.stuffed_negatives:
+                raise TrainingError("stuffed_negatives needs passages as texts, not as token ids: tokenize them later")
             passages = [row["passages"].take(draw) for row, draw in zip(groups, draws, strict=True)]
             return join_pairs(self.tokenizer, [*queries, *passages], [len(draw) for draw in draws], *limits)
-        texts = [[row["passages"][i] for i in draw] for row, draw in zip(groups, draws, strict=True)]
+        texts = [self._texts(row, draw) for row, draw in zip(groups, draws, strict=True)]
         return encode_groups(self.tokenizer, queries or [""], texts or [[""]], *limits)
+
+    def _texts(self, row: Mapping[str, Any], draw: Sequence[int]) -> list[str]:
+        if self.stuffed_negatives:
+            return stuff_negatives(row, draw, self.stuffed_negatives, self.seed)
+        return [row["passages"][i] for i in draw]
 
 
 def group_collator(tokenizer: PreTrainedTokenizerBase, args: Any) -> GroupCollator:
@@ -201,6 +211,7 @@ def group_collator(tokenizer: PreTrainedTokenizerBase, args: Any) -> GroupCollat
         args.seed if args.data_seed is None else args.data_seed,
         args.curriculum_epochs,
         args.special_tokens_in_texts,
+        args.stuffed_negatives,
     )
 
 

@@ -100,9 +100,15 @@ def _easy_to_hard(
 def _permutation(n: int, *key: Any) -> np.ndarray:
     if n < 2:
         return np.arange(n)
+    return np.argsort(random_raw(n, *key), kind="stable")
+
+
+def random_raw(n: int, *key: Any) -> np.ndarray:
+    """Return random numbers that are a function of a key, uint64, shape ``(n,)``."""
     # Raw Philox output is the same in every numpy; Generator.permutation is not promised to be.
     digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=16).digest()
-    return np.argsort(np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(n), kind="stable")
+    found: np.ndarray = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(n)
+    return found
 
 
 class GroupSampler(Sampler[Item]):

@@ -61,9 +61,12 @@ def token_ids(
     wanted = args.device.type != "cpu" if args.pretokenize is None else args.pretokenize
     if not wanted:
         return None
-    if pair_template(tokenizer):
+    why = "pairs that go through a template are tokenized as one text, each time" if pair_template(tokenizer) else None
+    if args.stuffed_negatives:
+        why = "stuffed negatives are other texts in each epoch, and are tokenized each time"
+    if why is not None:
         if args.pretokenize:
-            logger.warning("pretokenize: pairs that go through a template are tokenized as one text, each time")
+            logger.warning("pretokenize: %s", why)
         return None
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -6,7 +6,7 @@ from helpers.tiny import ids_of_pairs
 from helpers.tiny_models import DECODERS, tiny_config, tiny_tokenizer
 from lce_trainer.errors import TrainingError
 from lce_trainer.model.pairs import encode_by_template, encode_groups
-from lce_trainer.model.template import configure_template, pair_template
+from lce_trainer.model.template import configure_template, keep_special_tokens, pair_template
 from lce_trainer.training.collator import GroupCollator
 
 CHATML = (
@@ -96,6 +96,7 @@ def test_an_encoder_keeps_its_separators_whatever_chats_look_like():
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_pair_that_fits_is_tokenized_as_its_text_is(family):
     tokenizer = decoder_tokenizer(family)
+    keep_special_tokens(tokenizer, True)  # or that of the last passage is text
     pairs = [("what is rain", "rain is water"), ("", ""), ("moon?", ".\n\n star\n"), ("ünïcode 雨", "<|im_end|> x")]
     encoded, cut = encode_by_template(tokenizer, pair_template(tokenizer), pairs, 150)
     assert ids_of_pairs(encoded) == [ids_of(tokenizer, *pair) for pair in pairs]

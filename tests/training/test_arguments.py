@@ -64,6 +64,7 @@ def test_a_scheduler_that_follows_a_metric_is_told_which_way_is_better(kind, tmp
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
         ({"distillation_weight": 1.5}, "distillation_weight must be from 0 to 1"),
+        ({"stuffed_negatives": -0.1}, "stuffed_negatives must be from 0 to 1"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be false"),
         ({"ddp_broadcast_buffers": True}, "ddp_broadcast_buffers must be false"),

@@ -52,6 +52,8 @@ def test_a_setting_that_would_have_no_effect_is_an_error(setting, tmp_path):
         ({}, {"data_seed": 7}, "seed=42, and args 7"),
         ({"curriculum_epochs": 3}, {}, "curriculum_epochs=3, and args None"),
         ({}, {"curriculum_epochs": 2}, "curriculum_epochs=None, and args 2"),
+        ({}, {"stuffed_negatives": 0.2}, "stuffed_negatives=0.0, and args 0.2"),
+        ({"special_tokens_in_texts": True}, {}, "special_tokens_in_texts=True, and args False"),
     ],
 )
 def test_a_collator_that_does_not_agree_with_the_settings_is_an_error(own, settings, told, tmp_path):

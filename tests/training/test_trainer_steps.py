@@ -188,7 +188,9 @@ def test_two_ranks_train_resume_and_evaluate_as_one(whole_batches, whole_distill
             assert result["metrics"][name] == pytest.approx(value, abs=1e-5), name
 
 
-@pytest.mark.parametrize(("at", "more"), [(3, {}), (4, {}), (3, {"curriculum_epochs": 3, "group_size": 2})])
+@pytest.mark.parametrize(
+    ("at", "more"), [(3, {}), (4, {}), (3, {"curriculum_epochs": 3, "group_size": 2}), (3, {"stuffed_negatives": 0.5})]
+)
 def test_a_resumed_run_ends_bit_equal_with_dropout_on(at, more, tmp_path):
     """In the middle of the second epoch, and at its end."""
     run = more | {
