@@ -60,7 +60,11 @@ def attack_run(run: Run, groups: str | None, queries: int, special_tokens: bool)
         ArtifactError: The model is missing, or was trained when other groups were held out.
     """
     run.manifest("model")
-    rows, source, by = (_read_groups(groups), Path(groups).name, "people") if groups else judged_groups(run)
+    if groups is None:
+        rows, source, by = judged_groups(run)
+    else:
+        path = run.find(groups)
+        rows, source, by = _read_groups(str(path) if path.exists() else groups), Path(groups).name, "people"
     return _attack(str(run.root / "model"), rows, source, by, queries, special_tokens, run.recipe.seed)
 
 
