@@ -72,6 +72,7 @@ def read_rows(
     source: str | Path | datasets.Dataset,
     *,
     split: str = "train",
+    config: str | None = None,
     header: Collection[str] = (),
     error: type[LCETrainerError] = DataError,
 ) -> Rows:
@@ -82,6 +83,7 @@ def read_rows(
             or ``.tsv``, packed by ``.gz`` or ``.zst`` or not; a folder of such files as the Hub keeps them; a Hub id;
             or a ``datasets.Dataset``.
         split: Split of a folder or a Hub dataset.
+        config: Config of it; None for its default.
         header: Further column names by which the first line of a file is known to be a header.
         error: Raised where something cannot be read.
 
@@ -95,7 +97,7 @@ def read_rows(
         if kind_of(path) == ".parquet":
             return _numbered(str(path), _parquet_table(path, error))
         return _join(str(path), list(read_batches(path, header=header, error=error)), error)
-    found = open_dataset(str(source), split, error=error)
+    found = open_dataset(str(source), split, error=error, config=config)
     if isinstance(found, datasets.Dataset):
         return _numbered(str(source), arrow_table(found))
     return _join(str(source), [b for file in found for b in read_batches(file, header=header, error=error)], error)
@@ -186,12 +188,17 @@ def read_bytes(path: Path) -> bytes:
 
 
 def open_dataset(
-    name: str, split: str = "train", missing: str = "no dataset", error: type[LCETrainerError] = DataError
+    name: str,
+    split: str = "train",
+    missing: str = "no dataset",
+    error: type[LCETrainerError] = DataError,
+    config: str | None = None,
 ) -> datasets.Dataset | list[Path]:
     """Open a Hub dataset or the folder of one.
 
     Returns:
-        The dataset; or its text files (``.csv``, ``.tsv``, ``.json``), which ``datasets`` would guess types of.
+        The dataset; or its text files (``.csv``, ``.tsv``, ``.json``), which ``datasets`` would guess types of; or the
+        files of a config of a folder.
 
     Raises:
         LCETrainerError: Of the class ``error``: there is none, or it lacks the split.
@@ -199,16 +206,43 @@ def open_dataset(
     try:
         if (Path(name) / "state.json").is_file():
             return datasets.load_from_disk(name)
-        builder = datasets.load_dataset_builder(name)
+        builder = datasets.load_dataset_builder(name, config)
         files = (builder.config.data_files or {}).get(split)
-        if files and all(kind_of(Path(file)) in ENDINGS[1:] for file in files):
+        # What datasets keeps of a config of a local folder goes by its card, and stays when its files change.
+        fresh = config is not None and not any("://" in str(file) for file in files or ())
+        if files and all(kind_of(Path(file)) in ENDINGS[0 if fresh else 1 :] for file in files):
             local = [Path(file) for file in files]
             if any("://" in str(file) for file in files):
                 local = [_fetched(str(file)) for file in files]
             return local
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, config, split=split)
     except Exception as reason:  # the Hub, the network and the dataset's own files raise all kinds
-        raise error(f"{missing} {name!r}, split {split!r}: {one_line(reason)}") from None
+        part = f"config {config!r}, split {split!r}" if config else f"split {split!r}"
+        raise error(f"{missing} {name!r}, {part}: {one_line(reason)}") from None
+
+
+def splits_of(name: str, config: str, error: type[LCETrainerError] = DataError) -> list[str]:
+    """Return the splits of a config of a Hub dataset, or of the folder of one, in order.
+
+    Raises:
+        LCETrainerError: Of the class ``error``: there is no such dataset or config.
+    """
+    try:
+        return [str(split) for split in datasets.get_dataset_split_names(name, config)]
+    except Exception as reason:  # as in open_dataset
+        raise error(f"no dataset {name!r}, config {config!r}: {one_line(reason)}") from None
+
+
+def configs_of(name: str, error: type[LCETrainerError] = DataError) -> list[str]:
+    """Return the configs of a Hub dataset, or of the folder of one.
+
+    Raises:
+        LCETrainerError: Of the class ``error``: there is no such dataset.
+    """
+    try:
+        return [str(config) for config in datasets.get_dataset_config_names(name)]
+    except Exception as reason:  # as in open_dataset
+        raise error(f"no dataset {name!r}: {one_line(reason)}") from None
 
 
 def kind_of(path: Path) -> str:

@@ -34,7 +34,8 @@ def compare(
     *,
     baseline: str,
     tested: Sequence[str] | None = None,
-    relevant_from: int = 1,
+    relevant_from: int | Mapping[str, int] = 1,
+    sets: Mapping[str, str] | None = None,
     seed: int = 13,
     resamples: int = 10_000,
 ) -> datasets.Dataset:
@@ -46,12 +47,16 @@ def compare(
     with one added above and below so that it is never 0. The p-values of a measure are corrected for the number of
     systems that are tested (Holm 1979). All systems and measures share the draws.
 
+    Of several test sets the mean is that of the sets' means, whatever their sizes. Bootstrap samples are drawn within
+    each set, and a query's difference weighs what the query weighs in the mean.
+
     Args:
         systems: Run of each system by name, in the order of the table.
         qrels: Human grades; a judged query that a run lacks counts as 0.
         baseline: Name of the system that the others are compared with.
         tested: Names of the systems that are tested against it; all others if None.
-        relevant_from: Lowest grade that counts for MAP and MRR.
+        relevant_from: Lowest grade that counts for MAP and MRR, of all queries or by query id.
+        sets: Test set of each judged query; None if they are of one.
         seed: Seeds the draws.
         resamples: Bootstrap samples, and sign flips.
 
@@ -71,14 +76,15 @@ def compare(
         missing = sum(not run.get(query_id) for query_id, grades in qrels.items() if grades)
         if missing:
             logger.warning("%s: no ranking of %d of the judged queries, which count as 0", system, missing)
-        for measure, by_query in compute_by_query(run, qrels, relevant_from).items():
+        for measure, by_query in _by_query(run, qrels, relevant_from).items():
             columns.append((system, measure))
             values.append([by_query[query_id] for query_id in sorted(by_query)])
     found = np.array(values).T  # (queries, systems × measures)
-    low, high = _bootstrap(found, seed, resamples)
+    parts = _parts(sorted(query_id for query_id, grades in qrels.items() if grades), sets)
+    low, high = _bootstrap(found, seed, resamples, parts)
     base = found[:, [columns.index((baseline, measure)) for _, measure in columns]]
-    difference_low, difference_high = _bootstrap(found - base, seed, resamples)
-    p_values = _randomization_test(found - base, seed, resamples)
+    difference_low, difference_high = _bootstrap(found - base, seed, resamples, parts)
+    p_values = _randomization_test((found - base) * _weights(parts)[:, None], seed, resamples)
     for measure in MEASURES:
         family = [i for i, (system, named) in enumerate(columns) if named == measure and system in among]
         p_values[family] = _holm(p_values[family])
@@ -86,10 +92,10 @@ def compare(
         {
             "system": system,
             "measure": measure,
-            "mean": float(found[:, i].mean()),
+            "mean": _mean(found[:, i], parts),
             "ci_low": float(low[i]),
             "ci_high": float(high[i]),
-            "difference": None if system == baseline else float((found - base)[:, i].mean()),
+            "difference": None if system == baseline else _mean((found - base)[:, i], parts),
             "difference_low": None if system == baseline else float(difference_low[i]),
             "difference_high": None if system == baseline else float(difference_high[i]),
             "p_value": float(p_values[i]) if system in among else None,
@@ -100,15 +106,50 @@ def compare(
     return datasets.Dataset.from_list(rows, features=_RESULT_FEATURES)
 
 
-def strongest(systems: Mapping[str, Run], qrels: Qrels, among: Sequence[str]) -> str:
+def strongest(
+    systems: Mapping[str, Run], qrels: Qrels, among: Sequence[str], sets: Mapping[str, str] | None = None
+) -> str:
     """Return the name of the system, among those named, with the highest mean nDCG@10; of equal ones the first."""
-    return max(among, key=lambda name: mean_ndcg(systems[name], qrels))
+    return max(among, key=lambda name: mean_ndcg(systems[name], qrels, sets))
 
 
-def mean_ndcg(run: Run, qrels: Qrels) -> float:
-    """Return the mean nDCG@10 over the judged queries."""
+def mean_ndcg(run: Run, qrels: Qrels, sets: Mapping[str, str] | None = None) -> float:
+    """Return the mean nDCG@10 over the judged queries, or over test sets, as :func:`compare` does."""
     by_query = ranking_metrics(run, qrels)["ndcg@10"]
-    return float(np.mean(list(by_query.values())))
+    return _mean(np.array(list(by_query.values())), _parts(list(by_query), sets))
+
+
+def _by_query(run: Run, qrels: Qrels, relevant_from: int | Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """Return the measures by query, each query by its own threshold of relevance."""
+    if isinstance(relevant_from, int):
+        return compute_by_query(run, qrels, relevant_from)
+    found: dict[str, dict[str, float]] = {}
+    for lowest in sorted({relevant_from[query_id] for query_id in qrels}):
+        some = {query_id: grades for query_id, grades in qrels.items() if relevant_from[query_id] == lowest}
+        for measure, values in compute_by_query(run, some, lowest).items():
+            found.setdefault(measure, {}).update(values)
+    return found
+
+
+def _parts(query_ids: Sequence[str], sets: Mapping[str, str] | None) -> list[np.ndarray]:
+    """Return the rows of each test set's queries; all rows in one where there are no sets."""
+    if sets is None:
+        return [np.arange(len(query_ids))]
+    names = np.array([sets[query_id] for query_id in query_ids])
+    return [np.flatnonzero(names == name) for name in sorted(set(names.tolist()))]
+
+
+def _mean(values: np.ndarray, parts: Sequence[np.ndarray]) -> float:
+    return float(np.mean([values[rows].mean() for rows in parts]))
+
+
+def _weights(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return how much each query counts in the mean over test sets, 1 on average, shape ``(queries,)``."""
+    queries = sum(map(len, parts))
+    weights = np.empty(queries)
+    for rows in parts:
+        weights[rows] = queries / (len(parts) * len(rows))
+    return weights
 
 
 def _holm(p_values: np.ndarray) -> np.ndarray:
@@ -120,16 +161,20 @@ def _holm(p_values: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def _bootstrap(values: np.ndarray, seed: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
-    """2.5 % and 97.5 % percentiles of the mean of each column, over resampled rows."""
+def _bootstrap(
+    values: np.ndarray, seed: int, resamples: int, parts: Sequence[np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """2.5 % and 97.5 % percentiles of the mean of each column, over rows that are resampled within each part."""
     rng = np.random.default_rng([seed, 0])
-    n = len(values)
-    means = np.empty((resamples, values.shape[1]))
-    for start in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - start)
-        draws = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
-        times = np.bincount(draws.ravel(), minlength=size * n).reshape(size, n)
-        means[start : start + size] = times @ values / n
+    means = np.zeros((resamples, values.shape[1]))
+    parts = [np.arange(len(values))] if parts is None else parts
+    for rows in parts:
+        mine, n = values[rows], len(rows)
+        for start in range(0, resamples, _CHUNK):
+            size = min(_CHUNK, resamples - start)
+            draws = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+            times = np.bincount(draws.ravel(), minlength=size * n).reshape(size, n)
+            means[start : start + size] += times @ mine / n / len(parts)
     low, high = np.percentile(means, [2.5, 97.5], axis=0)
     return low, high
 

@@ -25,7 +25,7 @@ from lce_trainer.files import (
     texts_of,
     with_titles,
 )
-from lce_trainer.qrels import ID_LISTS, read_qrels, scores_of
+from lce_trainer.qrels import ID_LISTS, Triples, read_qrels, scores_of
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def read_judged(candidates_path: Path, qrels_path: Path) -> Judged:
     Raises:
         EvaluationError: Names the file, and the row where one cannot be used.
     """
-    qrels = _read_grades(qrels_path)
+    qrels = grades_by_query(read_qrels(_existing(qrels_path), EvaluationError), str(qrels_path))
     rows = _read(candidates_path)
     names = (_QUERY_IDS, QUERIES, _DOC_IDS, TEXTS)
     columns = [_values(rows, some) for some in names]
@@ -196,6 +196,30 @@ def read_judged(candidates_path: Path, qrels_path: Path) -> Judged:
         run=run,
         qrels=qrels,
     )
+
+
+def grades_by_query(judged: Triples, name: str) -> dict[str, dict[str, int]]:
+    """Return grades by query id and document id.
+
+    Args:
+        judged: Judgments, from :func:`lce_trainer.qrels.read_qrels`.
+        name: What they come from, for messages.
+
+    Raises:
+        EvaluationError: A grade is no whole number, or a document has two.
+    """
+    qrels: dict[str, dict[str, int]] = {}
+    ids = (judged.queries.to_pylist(), judged.passages.to_pylist())
+    for row, (query_id, doc_id, grade) in enumerate(zip(*ids, judged.values.tolist(), strict=True)):
+        if grade != int(grade):
+            raise EvaluationError(f"{name}, row {judged.numbers[row]}: grade must be a whole number, not {grade!r}")
+        known = qrels.setdefault(query_id, {})
+        if known.setdefault(doc_id, int(grade)) != int(grade):
+            raise EvaluationError(
+                f"{name}, row {judged.numbers[row]}: query {query_id!r}, document {doc_id!r} has the grades "
+                f"{known[doc_id]} and {int(grade)}"
+            )
+    return qrels
 
 
 def read_pairs(path: Path) -> LabelledPairs:
@@ -243,22 +267,6 @@ def _query_types(rows: Rows) -> list[str | None]:
     ):
         return [None] * rows.table.num_rows
     return [(value or "").strip() or None for value in rows.table[name].to_pylist()]
-
-
-def _read_grades(path: Path) -> dict[str, dict[str, int]]:
-    judged = read_qrels(_existing(path), EvaluationError)
-    qrels: dict[str, dict[str, int]] = {}
-    ids = (judged.queries.to_pylist(), judged.passages.to_pylist())
-    for row, (query_id, doc_id, grade) in enumerate(zip(*ids, judged.values.tolist(), strict=True)):
-        if grade != int(grade):
-            raise EvaluationError(f"{path}, row {judged.numbers[row]}: grade must be a whole number, not {grade!r}")
-        known = qrels.setdefault(query_id, {})
-        if known.setdefault(doc_id, int(grade)) != int(grade):
-            raise EvaluationError(
-                f"{path}, row {judged.numbers[row]}: query {query_id!r}, document {doc_id!r} has the grades "
-                f"{known[doc_id]} and {int(grade)}"
-            )
-    return qrels
 
 
 def _read(path: Path) -> Rows:

@@ -22,6 +22,7 @@ _BY_QUERY_FEATURES = datasets.Features(
         "query_id": datasets.Value("string"),
         "query": datasets.Value("string"),
         "query_type": datasets.Value("string"),
+        "test_set": datasets.Value("string"),
         "first_stage_rank": datasets.Value("int64"),
         "right_passage": datasets.Value("string"),
         "systems": datasets.List(datasets.Value("string")),
@@ -74,12 +75,7 @@ def details(queries: datasets.Dataset, system: str, baseline: str, seed: int = 1
     """
     lines = []
     for title, found in parts(queries, system, baseline, seed).items():
-        rows = [[title, "queries", baseline, system, "difference [95 % CI]"]]
-        for part in found:
-            interval = "" if part.low is None else f" [{part.low:+.3f}, {part.high:+.3f}]"
-            means = [f"{part.means[name]:.3f}" for name in (baseline, system)]
-            rows.append([part.name, f"{part.queries:,}", *means, f"{part.difference:+.3f}{interval}"])
-        lines += ["", f"### nDCG@10 by {title}", "", _pipes(rows)]
+        lines += ["", f"### nDCG@10 by {title}", "", part_table(title, found, system, baseline)]
     kinds = zip(("wins", "losses"), wins_and_losses(queries, system, baseline), (baseline, system), strict=True)
     for kind, cases, worse in kinds:
         lines += ["", f"### Largest {kind} of {system} against {baseline}", ""] if cases else []
@@ -92,6 +88,16 @@ def details(queries: datasets.Dataset, system: str, baseline: str, seed: int = 1
                 too = ", right too" if case["first_is_right"] else ""
                 lines.append(f"    - {worse} put first{too}: {_short(case['first'])}")
     return "\n".join(lines[1:])
+
+
+def part_table(title: str, found: Sequence["Part"], system: str, baseline: str) -> str:
+    """Return the nDCG@10 of two systems by parts of the queries, from :func:`parts`, as a Markdown table."""
+    rows = [[title, "queries", baseline, system, "difference [95 % CI]"]]
+    for part in found:
+        interval = "" if part.low is None else f" [{part.low:+.3f}, {part.high:+.3f}]"
+        means = [f"{part.means[name]:.3f}" for name in (baseline, system)]
+        rows.append([part.name, f"{part.queries:,}", *means, f"{part.difference:+.3f}{interval}"])
+    return _pipes(rows)
 
 
 def _pipes(rows: Sequence[Sequence[str]]) -> str:
@@ -124,19 +130,20 @@ def _cells(results: datasets.Dataset) -> list[list[str]]:
     return cells
 
 
-def verdict(results: datasets.Dataset, system: str, *, synthetic: bool = False) -> str:
-    """Return one line: whether a system ranks better than the best of the others, by how much and how surely.
+def verdict(results: datasets.Dataset, system: str, *, synthetic: bool = False, general: bool = False) -> str:
+    """Return one line: whether a system ranks better than the baseline, by how much and how surely.
 
     Args:
         results: What :func:`lce_trainer.evaluation.compare.compare` found; the baseline has no difference.
         system: The system that is to be judged.
         synthetic: No person wrote the queries; the line says so, and that they prove nothing about people's.
+        general: The queries are of general test sets; the line says so.
     """
     rows = [row for row in results.to_list() if row["measure"] == "ndcg@10"]
     row = next(row for row in rows if row["system"] == system)
     better = "BETTER" if row["difference"] > 0 else WORSE
     outcome = better if row["p_value"] < _SIGNIFICANT else "NO DIFFERENCE SHOWN"
-    outcome += " on SYNTHETIC queries" if synthetic else ""
+    outcome += " on SYNTHETIC queries" if synthetic else " on GENERAL test sets" if general else ""
     caution = ", which is no proof for queries that people ask" if synthetic else ""
     return (
         f"{outcome}: {system} against {baseline_of(results)}, nDCG@10 {row['difference']:+.3f} "
@@ -159,7 +166,8 @@ def by_query(
     first_stage: Run,
     shown: Sequence[str],
     types: Mapping[str, str | None] | None = None,
-    relevant_from: int = 1,
+    sets: Mapping[str, str] | None = None,
+    relevant_from: int | Mapping[str, int] = 1,
 ) -> datasets.Dataset:
     """Return how each system ranks each judged query.
 
@@ -171,17 +179,18 @@ def by_query(
         first_stage: Scores of the first stage.
         shown: Systems whose first passage is kept as text.
         types: Type of each query, by query id.
-        relevant_from: Lowest grade of a right document.
+        sets: Test set of each query, where there are several.
+        relevant_from: Lowest grade of a right document, of all queries or by query id.
 
     Returns:
-        One row a judged query: ``query_id``, ``query`` (null if it is not among ``queries``), ``query_type`` (null if
-        not known), ``first_stage_rank`` of the first right document (from 1; null if the candidates hold none),
-        ``right_passage``, the text of the highest of the highest grade (null likewise); and as lists in the order of
-        ``systems``: ``ndcg@10``, ``right_rank``, where each has the document of ``right_passage``,
-        ``first_is_right``, and ``first_passage``, null for systems that are not in ``shown``.
+        One row a judged query: ``query_id``, ``query`` (null if it is not among ``queries``), ``query_type`` and
+        ``test_set`` (null if not known), ``first_stage_rank`` of the first right document (from 1; null if the
+        candidates hold none), ``right_passage``, the text of the highest of the highest grade (null likewise); and as
+        lists in the order of ``systems``: ``ndcg@10``, ``right_rank``, where each has the document of
+        ``right_passage``, ``first_is_right``, and ``first_passage``, null for systems that are not in ``shown``.
     """
     names = list(systems)
-    values = {name: ranking_metrics(run, qrels, relevant_from)["ndcg@10"] for name, run in systems.items()}
+    values = {name: ranking_metrics(run, qrels)["ndcg@10"] for name, run in systems.items()}
     rows = []
     given = {query_id: (query, pool) for (query_id, query), pool in zip(queries, pools, strict=True)}
     for query_id, grades in qrels.items():
@@ -191,7 +200,8 @@ def by_query(
         texts: dict[str, str] = {}
         for doc_id, text in pool:
             texts.setdefault(doc_id, text)
-        right = {doc_id for doc_id, grade in grades.items() if grade >= relevant_from}
+        lowest = relevant_from if isinstance(relevant_from, int) else relevant_from[query_id]
+        right = {doc_id for doc_id, grade in grades.items() if grade >= lowest}
         initial = ranking(query_id, first_stage.get(query_id, {}))
         found = [doc_id for doc_id in initial if doc_id in right]
         best = max(found, key=lambda doc_id: grades[doc_id], default=None)
@@ -201,6 +211,7 @@ def by_query(
                 "query_id": query_id,
                 "query": query,
                 "query_type": (types or {}).get(query_id),
+                "test_set": (sets or {}).get(query_id),
                 "first_stage_rank": initial.index(found[0]) + 1 if found else None,
                 "right_passage": None if best is None else texts.get(best),
                 "systems": names,
@@ -238,7 +249,7 @@ class Part:
 
 
 def parts(queries: datasets.Dataset, system: str, baseline: str, seed: int = 13) -> dict[str, list[Part]]:
-    """Return the figures by query length, by query type and by the first stage's rank of the first right passage.
+    """Return the figures by test set, query length, query type and the first stage's rank of the first right passage.
 
     Args:
         queries: From :func:`by_query`.
@@ -263,6 +274,7 @@ def parts(queries: datasets.Dataset, system: str, baseline: str, seed: int = 13)
         return (common.index(name), name) if name in common else (_TYPES_SHOWN, "other types")
 
     titles: dict[str, Callable[[Mapping[str, Any]], tuple[int, str]]] = {
+        "test set": lambda row: (0, row.get("test_set") or "none"),  # a table of an earlier version has no such column
         "query length": lambda row: (
             (99, "not known") if row["query"] is None else _in_range(len(row["query"].split()), (3, 6, 10), " words")
         ),

@@ -55,6 +55,8 @@ class Evaluation:
         notes: A sentence on what else to know, e.g. which candidates were reranked.
         verdict: One line: whether the model ranks better than the best of the others, by how much and how surely.
         synthetic: Whether a language model wrote the queries.
+        general: Whether they are of general test sets.
+        by_set: nDCG@10 on each of several test sets, as a Markdown table.
         picture: Name of the picture of the table, among the pictures of the model's repo; empty if there is none.
     """
 
@@ -68,6 +70,8 @@ class Evaluation:
     notes: str = ""
     verdict: str = ""
     synthetic: bool = False
+    general: bool = False
+    by_set: str = ""
     picture: str = ""
 
 
@@ -110,6 +114,8 @@ class RunFacts:
             model is measured or chosen on.
         max_length: Tokens of query and passage the model reads.
         evaluations: Figures on human judgments, or on synthetic queries that are called that.
+        merge: The ``share`` of the trained weights that was kept beside the base's; and where it was chosen the
+            ``rule``, and as ``grid`` the nDCG@10 of each share, ``dev`` and ``general``. Empty if all were kept.
         calibration: What :func:`lce_trainer.evaluation.calibration.calibrate` found of the model, and ``from`` and
             ``labelled_by``; empty if it is not calibrated.
         model_pictures: SVG of each picture of the model's repo, by its name there.
@@ -149,6 +155,7 @@ class RunFacts:
     near_duplicates: int = 0
     max_length: int | None = None
     evaluations: Sequence[Evaluation] = ()
+    merge: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     model_pictures: Mapping[str, str] = field(default_factory=dict)
     dataset_pictures: Mapping[str, str] = field(default_factory=dict)

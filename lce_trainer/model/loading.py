@@ -222,8 +222,12 @@ def _kind(config: PreTrainedConfig) -> str:
     return " ".join(config.architectures or [config.model_type])
 
 
-def has_head(name: str | Path) -> bool:
+def has_head(name: str | Path, yes_no: bool | None = None) -> bool:
     """Return whether a model ranks as it is: it has a head of its own, a modular one too, or answers yes or no.
+
+    Args:
+        name: Hub id, folder, or ``package:NAME/FOLDER``.
+        yes_no: As :func:`load_model`.
 
     Raises:
         TrainingError: There is no such model, or its modules are no head that can be read.
@@ -232,6 +236,6 @@ def has_head(name: str | Path) -> bool:
     if read_json(path, "adapter_config.json"):
         return True
     config = load_config(name)
-    if has_trained_head(config) or _answers(config, path, None) is not None:
+    if has_trained_head(config) or _answers(config, path, yes_no) is not None:
         return True
     return read_modular_head(str(name), path) is not None

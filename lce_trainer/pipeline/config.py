@@ -80,8 +80,26 @@ class TrainConfig:
         "auto", "Of the forward pass; auto: bfloat16 where the hardware multiplies it. Weights stay float32."
     )
     dropout: float | None = option(None, "Every dropout of the model; as the base configures it if null.")
+    merge: float | Literal["auto", "none"] = option(
+        "none",
+        "Share of the trained weights that is kept beside the base's, above 0 and below 1; auto: the one of 0, 0.25, "
+        "0.5, 0.75 and 1 with the highest sum of nDCG@10 on the dev queries and on evaluate.benchmark; none keeps the "
+        "trained weights. The base must be a reranker.",
+    )
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     arguments: dict[str, Any] = option({}, "Filled from the section's other keys.")
+
+    def __post_init__(self) -> None:
+        """Check the share of the trained weights.
+
+        Raises:
+            ConfigError: It is not between 0 and 1.
+        """
+        if isinstance(self.merge, float) and not 0 < self.merge < 1:
+            raise ConfigError(
+                f"train.merge must be above 0 and below 1, not {self.merge:g}: none keeps the trained weights as they "
+                "are"
+            )
 
 
 @dataclass
@@ -127,18 +145,18 @@ class EvaluateConfig:
     dev_queries: str | None = option(
         None, "The same for choosing the best checkpoint and the weight of the first stage."
     )
-    candidates: str | None = option(
-        None,
-        "Out-of-domain: a run with texts, a file of rows of query_id, query, doc_id, text, and rank or score, reranked "
-        "as given.",
+    benchmark: list[str] = option(
+        [],
+        "General test sets, which show what was forgotten: nano_beir; a dataset in its form, by Hub id or folder; a "
+        "folder in the layout of BEIR; or a folder with candidates.* (rows of query_id, query, doc_id, text, and rank "
+        "or score) and qrels.*, as of TREC.",
     )
-    qrels: str | None = option(
-        None, "Its judgments: qrels of TREC or BEIR, or a file of rows of query_id, doc_id, grade."
+    relevant_from: int = option(
+        2, "Grades from here on count as relevant for MAP and MRR, where candidates.* are given; elsewhere from 1 on."
     )
-    relevant_from: int = option(2, "Grades from here on count as relevant for MAP and MRR.")
     top_k: int = option(50, "Passages that each retriever of the first stage brings, and that are reranked.")
     rerankers: list[str] = option([], "Other rerankers to compare with: Hub ids or folders.")
-    max_queries: int | None = option(None, "Measure on the first so many queries only.")
+    max_queries: int | None = option(None, "Measure on the first so many queries only, of each test set.")
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     max_dev_queries: int | None = option(100, "Dev queries measured at each evaluation while training.")
     precision: Literal["auto", "float32", "bfloat16"] = option(

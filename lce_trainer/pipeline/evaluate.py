@@ -1,7 +1,8 @@
 """The evaluation stage: what the user already has, and the trained reranker, on the same candidates.
 
 Human queries decide. A recipe without any holds documents out, whose synthetic queries never reach training, and is
-measured on those; such figures are called synthetic wherever they stand.
+measured on those; such figures are called synthetic wherever they stand. General test sets show what a model has
+forgotten: there the trained weights are compared with those before training.
 """
 
 import json
@@ -17,13 +18,14 @@ import numpy as np
 from lce_trainer.artifacts import Manifest
 from lce_trainer.errors import ConfigError, EvaluationError
 from lce_trainer.evaluation.compare import choose_weight, compare, fuse, rerank, strongest
-from lce_trainer.evaluation.judged import Judged, Query, judgments, read_judged, read_queries
+from lce_trainer.evaluation.judged import Query, judgments, read_queries
 from lce_trainer.evaluation.metrics import CUT, ranking
 from lce_trainer.evaluation.report import baseline_of, by_query, details, markdown, table, verdict
 from lce_trainer.hardware import resolve_dtype
 from lce_trainer.hub.privacy import names_only
 from lce_trainer.model.loading import has_head
 from lce_trainer.model.reranker import Reranker
+from lce_trainer.pipeline.general import General, read_general
 from lce_trainer.pipeline.run import Made, Run, open_journal
 from lce_trainer.synthesis.cost import Meter
 from lce_trainer.synthesis.held_out import hold_out
@@ -38,6 +40,7 @@ RERANKER = "reranker"  # the trained model's row
 FUSED = "reranker + first stage"
 UNTOUCHED = "base, untouched"
 SYNTHETIC = "synthetic"  # the comparison on queries that no person wrote
+GENERAL = "general"  # the comparison on general test sets
 FIGURES = "evaluation.json"
 _BY_QUERY = "_by_query"  # ends the names of the tables that hold a row a query
 _FEW_DOCUMENTS = 10  # below which passages are held out in their place
@@ -77,8 +80,9 @@ def evaluate_systems(run: Run) -> str:
     """
     config = run.recipe.evaluate
     if not is_judged(run):
-        raise ConfigError("nothing to evaluate on: set evaluate.queries, or evaluate.candidates and evaluate.qrels")
+        raise ConfigError("nothing to evaluate on: set evaluate.queries, or evaluate.benchmark")
     synthetic = measures_synthetic(run)
+    general = read_general(run) if config.benchmark else None
 
     def work() -> Made:
         results: dict[str, datasets.Dataset] = {}
@@ -87,7 +91,7 @@ def evaluate_systems(run: Run) -> str:
         notes: dict[str, str] = {}
         if config.queries is not None:
             judged, counts = _in_domain(run, config.queries, config.max_queries)
-            results["in_domain"], queries["in_domain"] = _compare(run, judged, judged.qrels, _rank(run, judged), 1)
+            results["in_domain"], queries["in_domain"] = _compare(run, judged, judged.qrels, _rank(run, judged))
             notes["in_domain"] = f"{_same_candidates(run, judged)} p-values are against the best of the other systems."
         if synthetic:
             judged, counts, held = _held_out(run)
@@ -100,29 +104,21 @@ def evaluate_systems(run: Run) -> str:
                 notes[SYNTHETIC] += f"{judge.note} "
             else:
                 notes[SYNTHETIC] += "The passage that a query was written from is the only relevant one. "
-            results[SYNTHETIC], queries[SYNTHETIC] = _compare(run, judged, qrels, systems, 1)
+            results[SYNTHETIC], queries[SYNTHETIC] = _compare(run, judged, qrels, systems)
             notes[SYNTHETIC] += "p-values are against the best of the other systems."
-        if config.candidates is not None:
-            given = _out_of_domain(run)
-            results["out_of_domain"], queries["out_of_domain"] = _compare(
-                run, given, given.qrels, _rank(run, given), config.relevant_from
-            )
-            sizes = sorted(map(len, given.pools))
-            notes["out_of_domain"] = (
-                f"Each system reranks the same candidates, those given in {Path(config.candidates).name}, all of them: "
-                f"{sizes[0]} to {sizes[-1]} a query. MAP and MRR count grades from {config.relevant_from} on as "
-                "relevant. p-values are against the best of the other systems."
-            )
+        if general is not None:
+            results[GENERAL], queries[GENERAL], notes[GENERAL] = _compare_general(run, general)
+            counts |= {f"general_{what}": count for what, count in run.manifest("general").counts.items() if count}
         folder = run.root / "evaluation"
         folder.mkdir(parents=True, exist_ok=True)
         model = run.manifest("model")
         verdicts: dict[str, str] = {}
         for name, result in results.items():
             notes[name] += f" {_near_duplicates(model, name)}"
-            verdicts[name] = verdict(result, FUSED, synthetic=name == SYNTHETIC)
-            parts = details(queries[name], FUSED, baseline_of(result), run.recipe.seed)
-            text = f"{markdown(result)}\n\n{verdicts[name]}\n\n{parts}".rstrip() + "\n"
-            if name == SYNTHETIC:
+            verdicts[name] = verdict_of(result, name)
+            by_kind = details(queries[name], judged_system(name), baseline_of(result), run.recipe.seed)
+            text = f"{markdown(result)}\n\n{verdicts[name]}\n\n{by_kind}".rstrip() + "\n"
+            if name in (SYNTHETIC, GENERAL):
                 text = f"{title_of(name)}\n\n{text}"
             (folder / f"{name}.md").write_text(text, encoding="utf-8")
         _write_figures(folder / FIGURES, results, verdicts, notes)
@@ -134,7 +130,7 @@ def evaluate_systems(run: Run) -> str:
     shape = {
         **asdict(config),
         **first_stage_shape(run),
-        "contents": run.contents((config.queries, config.candidates, config.qrels)),
+        "contents": run.contents((config.queries,)),
     }
     del shape["synthetic"]  # without it the figures on human judgments stay as they are
     if synthetic:
@@ -145,20 +141,20 @@ def evaluate_systems(run: Run) -> str:
         if config.synthetic.judge is not None and (by := _judge_config(run)).by_llm:
             model = names_only(config.synthetic.model or run.recipe.llm.model, run.base)
             shape["synthetic_judge"] = {"prompt_digest": run.prompt(by.prompt_name).digest, "llm_model": model}
-    run.make("evaluation", shape, inputs, work)
+    run.make("evaluation", shape, (*inputs, *(("general",) if general is not None else ())), work)
     manifest = run.manifest("evaluation")
     texts = []
     for name in comparisons(manifest):
         results = run.table("evaluation", name)
-        title = f"{title_of(name)}, {results[0]['queries']} queries; p against the best of the others"
+        title = f"{title_of(name)}, {results[0]['queries']} queries; p against {_against(name, baseline_of(results))}"
         texts.append(f"{title}\n{table(results)}\n\n{manifest.facts['verdict'][name]}")
     return "\n\n".join(texts)
 
 
 def comparisons(evaluation: Manifest) -> list[str]:
-    """Return the splits of the evaluation artifact that compare systems, one a set of judgments."""
+    """Return the splits of the evaluation artifact that compare systems, one a set of judgments; the general last."""
     names = [file.removesuffix(".parquet") for file in evaluation.files]
-    return [name for name in names if not name.endswith(_BY_QUERY)]
+    return sorted((name for name in names if not name.endswith(_BY_QUERY)), key=lambda name: name == GENERAL)
 
 
 def public_names(systems: Iterable[str], base: Path) -> dict[str, str]:
@@ -181,7 +177,27 @@ def public_names(systems: Iterable[str], base: Path) -> dict[str, str]:
 
 def title_of(comparison: str) -> str:
     """Return what a comparison is called where people read it."""
-    return "SYNTHETIC queries of held-out documents" if comparison == SYNTHETIC else comparison.replace("_", " ")
+    titles = {SYNTHETIC: "SYNTHETIC queries of held-out documents", GENERAL: "GENERAL test sets, the mean over them"}
+    return titles.get(comparison, comparison.replace("_", " "))
+
+
+def judged_system(comparison: str) -> str:
+    """Return whose figures the verdict of a comparison is on.
+
+    That is the reranker as it is used, beside the first stage; on general test sets the trained weights alone, for
+    which the first stage of the recipe was not made.
+    """
+    return RERANKER if comparison == GENERAL else FUSED
+
+
+def verdict_of(results: datasets.Dataset, comparison: str) -> str:
+    """Return the verdict of a comparison, one line."""
+    return verdict(results, judged_system(comparison), synthetic=comparison == SYNTHETIC, general=comparison == GENERAL)
+
+
+def _against(comparison: str, baseline: str) -> str:
+    """Return what p-values are against, in words."""
+    return baseline if comparison == GENERAL and baseline == UNTOUCHED else "the best of the others"
 
 
 def query_table(run: Run, comparison: str) -> datasets.Dataset | None:
@@ -196,7 +212,7 @@ def query_table(run: Run, comparison: str) -> datasets.Dataset | None:
 def is_judged(run: Run) -> bool:
     """Return whether there is something to evaluate on: human judgments, or documents that are held out."""
     config = run.recipe.evaluate
-    return config.queries is not None or config.candidates is not None or measures_synthetic(run)
+    return config.queries is not None or bool(config.benchmark) or measures_synthetic(run)
 
 
 def measures_synthetic(run: Run) -> bool:
@@ -226,8 +242,8 @@ def measured_queries(run: Run) -> dict[str, list[str]]:
     for name, path in (("in_domain", config.queries), ("dev", config.dev_queries)):
         if path is not None:
             found[name] = [query.query for query in read_queries(run.find(path))]
-    if config.candidates is not None:
-        found["out_of_domain"] = [query for _, query in _read_candidates(run).queries]
+    if config.benchmark:
+        found[GENERAL] = [query for _, query in read_general(run).judged.queries]
     return found
 
 
@@ -333,16 +349,29 @@ def _rank(run: Run, judged: _Judged) -> Runs:
 
 
 def _compare(
-    run: Run, judged: _Judged, qrels: Mapping[str, Mapping[str, int]], systems: Runs, relevant_from: int
+    run: Run,
+    judged: _Judged,
+    qrels: Mapping[str, Mapping[str, int]],
+    systems: Runs,
+    general: General | None = None,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Return the comparison, and how each system ranks each query."""
-    best = strongest(systems, qrels, [name for name in systems if name not in (RERANKER, FUSED)])
+    """Return the comparison, and how each system ranks each query.
+
+    The baseline is the best of the others; on general test sets it is the base before training where that ranks.
+    """
+    relevant_from = 1 if general is None else general.relevant_from
+    sets = None if general is None else general.sets
+    if general is not None and UNTOUCHED in systems:
+        best = UNTOUCHED
+    else:
+        best = strongest(systems, qrels, [name for name in systems if name not in (RERANKER, FUSED)], sets)
     results = compare(
         systems,
         qrels,
         baseline=best,
         tested=[RERANKER, FUSED],
         relevant_from=relevant_from,
+        sets=sets,
         seed=run.recipe.seed,
     )
     queries = by_query(
@@ -351,11 +380,39 @@ def _compare(
         judged.queries,
         judged.pools,
         first_stage=judged.first_stage(run.manifest("model").facts["first_stage"]["bm25_weight"]),
-        shown=[best, FUSED],
+        shown=[best, RERANKER if general is not None else FUSED],
         types=judged.types,
+        sets=sets,
         relevant_from=relevant_from,
     )
     return results, queries
+
+
+def _compare_general(run: Run, general: General) -> tuple[datasets.Dataset, datasets.Dataset, str]:
+    """Compare on general test sets; also returns a sentence on each thing that a reader must know."""
+    given = general.judged
+    judged = _Judged(given.queries, given.pools, {"first stage": given.run}, {"bm25": given.run}, given.qrels)
+    if (encoder := run.encoder) is not None:
+        judged.scores["dense"] = rerank(given.queries, given.pools, lambda pairs: encoder.similarity(list(pairs)))
+        judged.rows["encoder"] = judged.scores["dense"]
+    results, queries = _compare(run, judged, given.qrels, _rank(run, judged), general)
+    by_kind: dict[str, list[str]] = {}
+    for name, what in general.candidates.items():
+        by_kind.setdefault(what, []).append(name)
+    kinds = "; ".join(f"{what} ({', '.join(names)})" for what, names in by_kind.items())
+    baseline = baseline_of(results)
+    note = (
+        f"General test sets, which are not of the recipe's domain: each of the {len(general.candidates)} counts alike. "
+        f"Each system reranks the same candidates: {kinds}. p-values are against {_against(GENERAL, baseline)}."
+    )
+    if baseline != UNTOUCHED:
+        note += " The base has no head of its own, so before training it cannot rank, and has no row."
+    if run.manifest("model").facts.get("merge", {}).get("grid"):
+        note += (
+            " How much of the trained weights was kept was chosen on these sets too, so this figure is a little too "
+            "good."
+        )
+    return results, queries, note
 
 
 def _rerank(run: Run, model: str | Path, judged: _Judged) -> dict[str, dict[str, float]]:
@@ -433,6 +490,7 @@ def _write_figures(
     figures = {
         name: {
             "synthetic": name == SYNTHETIC,
+            "general": name == GENERAL,
             "title": title_of(name),
             "verdict": verdicts[name],
             "note": notes[name],
@@ -597,25 +655,6 @@ def _best_of(
         best = found[queries[query[i]].query_id]
         best[doc_ids[i]] = max(float(scores[i]), best.get(doc_ids[i], -np.inf))
     return found
-
-
-def _out_of_domain(run: Run) -> _Judged:
-    """Judged candidates that came with their texts and their first stage's ranks."""
-    given = _read_candidates(run)
-    scores: Runs = {"bm25": given.run}
-    rows: Runs = {"BM25": given.run}
-    if run.encoder is not None:
-        encoder = run.encoder
-        scores["dense"] = rerank(given.queries, given.pools, lambda pairs: encoder.similarity(list(pairs)))
-        rows["encoder"] = scores["dense"]
-    return _Judged(given.queries, given.pools, rows, scores, given.qrels)
-
-
-def _read_candidates(run: Run) -> Judged:
-    config = run.recipe.evaluate
-    if config.qrels is None:
-        raise ConfigError("evaluate.candidates needs evaluate.qrels, its judgments")
-    return read_judged(run.find(config.candidates or ""), run.find(config.qrels))
 
 
 def _near_duplicates(model: Manifest, comparison: str) -> str:

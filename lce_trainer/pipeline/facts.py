@@ -10,16 +10,26 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import datasets
 import yaml
 
 from lce_trainer.artifacts import MANIFEST, Manifest, load_table, read_manifest
 from lce_trainer.errors import ArtifactError, ConfigError
-from lce_trainer.evaluation.report import WORSE, markdown
+from lce_trainer.evaluation.report import WORSE, baseline_of, markdown, part_table, parts
 from lce_trainer.hub.cards import JUDGE_SCORES, LEARNING_CURVE, Evaluation, RunFacts, dataset_card, model_card
 from lce_trainer.hub.contents import Repo, dataset_repo, model_repo
 from lce_trainer.hub.privacy import names_only
 from lce_trainer.pipeline.charts import draw_comparison, draw_curve, draw_histograms, learning_curves, score_histograms
-from lce_trainer.pipeline.evaluate import FUSED, RERANKER, SYNTHETIC, comparisons, public_names, title_of
+from lce_trainer.pipeline.evaluate import (
+    GENERAL,
+    RERANKER,
+    SYNTHETIC,
+    comparisons,
+    judged_system,
+    public_names,
+    query_table,
+    title_of,
+)
 from lce_trainer.pipeline.report import CALIBRATION
 from lce_trainer.pipeline.run import Run
 from lce_trainer.synthesis.journal import read_usage
@@ -53,6 +63,7 @@ def gather_facts(run: Run) -> RunFacts:
         near_duplicates=sum(count for what, count in model.counts.items() if what.startswith("near_duplicates_")),
         max_length=model.facts["max_length"],
         evaluations=_evaluations(run, model),
+        merge=model.facts.get("merge", {}),
         calibration=_calibration(run),
         libraries=model.libraries,
     )
@@ -189,7 +200,7 @@ def _evaluations(run: Run, model: Manifest) -> list[Evaluation]:
         results = run.table("evaluation", split)
         evaluations.append(
             Evaluation(
-                name=title_of(split) if split == SYNTHETIC else f"human queries, {title_of(split)}",
+                name=title_of(split) if split in (SYNTHETIC, GENERAL) else f"human queries, {title_of(split)}",
                 rows=results.to_list(),
                 table=markdown(results),
                 system=RERANKER,
@@ -197,6 +208,8 @@ def _evaluations(run: Run, model: Manifest) -> list[Evaluation]:
                 notes=manifest.facts.get("notes", {}).get(split, ""),
                 verdict=manifest.facts.get("verdict", {}).get(split, ""),
                 synthetic=split == SYNTHETIC,
+                general=split == GENERAL,
+                by_set=_by_set(run, split, results),
                 picture=f"{split}.svg",
             )
         )
@@ -204,18 +217,27 @@ def _evaluations(run: Run, model: Manifest) -> list[Evaluation]:
 
 
 def worse_verdicts(run: Run) -> list[str]:
-    """Return the verdicts of the run's evaluations, human or synthetic, that say that its model ranks worse."""
+    """Return the verdicts of the run's evaluations, human, synthetic or general, that say that its model is worse."""
     if not (run.root / "evaluation" / MANIFEST).is_file():
         return []
     verdicts = run.manifest("evaluation").facts.get("verdict", {}).values()
     return [line for line in verdicts if line.startswith(WORSE)]
 
 
+def _by_set(run: Run, split: str, results: datasets.Dataset) -> str:
+    """Return the figures on each of several test sets as a Markdown table; empty where there is one."""
+    queries = query_table(run, split)
+    title, system, baseline = "test set", judged_system(split), baseline_of(results)
+    found = {} if queries is None else parts(queries, system, baseline, run.recipe.seed)
+    return part_table(title, found[title], system, baseline) if title in found else ""
+
+
 def _add_pictures(facts: RunFacts, run: Run, groups: Path | None) -> None:
     pictures = {}
     for evaluation in facts.evaluations:
         names = public_names([row["system"] for row in evaluation.rows], run.base)
-        pictures[evaluation.picture] = draw_comparison(evaluation.rows, names, FUSED)
+        system = judged_system(evaluation.picture.removesuffix(".svg"))
+        pictures[evaluation.picture] = draw_comparison(evaluation.rows, names, system)
     charts = learning_curves(run.root / "logs" / "model.json")
     if charts:
         pictures[LEARNING_CURVE] = draw_curve(charts[0])

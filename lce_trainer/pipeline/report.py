@@ -15,11 +15,20 @@ import lce_trainer
 from lce_trainer.artifacts import MANIFEST, Manifest
 from lce_trainer.errors import ConfigError
 from lce_trainer.evaluation.metrics import MEASURES
-from lce_trainer.evaluation.report import MEASURE_NAMES, baseline_of, parts, verdict, wins_and_losses
+from lce_trainer.evaluation.report import MEASURE_NAMES, baseline_of, parts, wins_and_losses
 from lce_trainer.groups.convert import load_groups
 from lce_trainer.hub.privacy import names_only
 from lce_trainer.pipeline.charts import Axis, learning_curves, reliability_charts, score_histograms, templates
-from lce_trainer.pipeline.evaluate import FUSED, RERANKER, SYNTHETIC, comparisons, public_names, query_table, title_of
+from lce_trainer.pipeline.evaluate import (
+    FUSED,
+    RERANKER,
+    comparisons,
+    judged_system,
+    public_names,
+    query_table,
+    title_of,
+    verdict_of,
+)
 from lce_trainer.pipeline.run import Run
 
 logger = logging.getLogger(__name__)
@@ -224,7 +233,7 @@ def _comparison(run: Run, manifest: Manifest, name: str) -> dict[str, Any]:
     rows = [{**row, "system": public[row["system"]]} for row in results.to_list()]
     results = datasets.Dataset.from_list(rows, features=results.features)
     baseline = baseline_of(results)
-    line = verdict(results, FUSED, synthetic=name == SYNTHETIC)
+    line, system = verdict_of(results, name), judged_system(name)
     systems: dict[str, dict[str, Any]] = {}
     for row in results.to_list():
         systems.setdefault(row["system"], {})[row["measure"]] = row
@@ -238,7 +247,7 @@ def _comparison(run: Run, manifest: Manifest, name: str) -> dict[str, Any]:
         "verdict": line.partition(": ")[2],
         "note": manifest.facts.get("notes", {}).get(name, ""),
         "baseline": baseline,
-        "shipped": FUSED,
+        "shipped": system,
         "measures": [(measure, MEASURE_NAMES[measure]) for measure in MEASURES],
         "systems": systems,
         "axis": axis,
@@ -248,8 +257,8 @@ def _comparison(run: Run, manifest: Manifest, name: str) -> dict[str, Any]:
     }
     if queries is not None:
         original = next(old for old, new in public.items() if new == baseline)
-        found["parts"] = parts(queries, FUSED, original, run.recipe.seed)
-        found["wins"], found["losses"] = wins_and_losses(queries, FUSED, original)
+        found["parts"] = parts(queries, system, original, run.recipe.seed)
+        found["wins"], found["losses"] = wins_and_losses(queries, system, original)
         found["part_systems"] = [(original, baseline), (RERANKER, RERANKER), (FUSED, FUSED)]
     return found
 
@@ -262,6 +271,11 @@ def _training(model: Manifest) -> dict[str, str]:
         what = "human dev queries" if dev["human"] else "groups held out from training"
         chose = "chosen on" if dev["chose_checkpoint"] else "not chosen, measured on"
         found["checkpoint"] = f"{chose} {dev['queries']:,} {what}"
+    if merge := model.facts.get("merge"):
+        found["share of the trained weights, beside the base's"] = f"{merge['share']:g}"
+        for one in merge.get("grid", ()):
+            figures = [f"{name} nDCG@10 {one[name]['mean']:.3f}" for name in ("dev", "general")]
+            found[f"with {one['share']:g} of the trained weights"] = ", ".join(figures)
     if "weight" in first_stage:
         found["weight of the first stage beside the reranker"] = f"{first_stage['weight']:.2f}"
     if "bm25_weight" in first_stage:

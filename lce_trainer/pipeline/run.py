@@ -52,6 +52,7 @@ _MADE_BY = {
     "queries": "generate",
     "candidates": "mine",
     "groups": "label",
+    "general": "evaluate",
     "evaluation": "evaluate",
 }
 _LOCK, _HOLDER = ".lock", ".lock.json"

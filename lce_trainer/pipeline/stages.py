@@ -20,6 +20,7 @@ from lce_trainer.hub.publish import Published
 from lce_trainer.hub.publish import publish as upload
 from lce_trainer.model.loading import load_tokenizer
 from lce_trainer.pipeline.evaluate import (
+    GENERAL,
     choose_first_stage_weight,
     dev_groups,
     evaluate_systems,
@@ -33,6 +34,8 @@ from lce_trainer.pipeline.evaluate import (
     measures_synthetic,
 )
 from lce_trainer.pipeline.facts import repos, worse_verdicts
+from lce_trainer.pipeline.general import read_general
+from lce_trainer.pipeline.merge import check_merge, merge_with_base
 from lce_trainer.pipeline.run import Made, Run, is_stale, open_journal
 from lce_trainer.pipeline.train import check_training, train_reranker
 from lce_trainer.synthesis import cost
@@ -58,7 +61,7 @@ _HOW_IT_RUNS = ("endpoint", "concurrency", "timeout", "retries", "batch_tokens",
 _SAMPLE = 16  # calls that a dry run answers for its quote
 _JUDGED_DEV_QUERIES = 40
 # Where the queries of each comparison come from.
-_MEASURED = {"in_domain": "evaluate.queries", "dev": "evaluate.dev_queries", "out_of_domain": "evaluate.candidates"}
+_MEASURED = {"in_domain": "evaluate.queries", "dev": "evaluate.dev_queries", GENERAL: "evaluate.benchmark"}
 
 
 def check(run: Run) -> None:
@@ -77,11 +80,9 @@ def check(run: Run) -> None:
         run.lead(partial(_check_llm, run, judged_by_llm))
     for queries in filter(None, (judged.queries, judged.dev_queries)):
         read_queries(run.find(queries))
-    for path in filter(None, (judged.candidates, judged.qrels)):
-        if not run.find(path).is_file():
-            raise ConfigError(f"no file {path!r}, here or beside the recipe")
-    if judged.candidates is not None and judged.qrels is None:
-        raise ConfigError("evaluate.candidates needs evaluate.qrels, its judgments")
+    check_merge(run)
+    if judged.benchmark:
+        read_general(run)
     if recipe.train.groups is None:
         _check_examples(run)
     dense = recipe.mine.encoder is not None and "dense" in recipe.mine.retrievers
@@ -254,6 +255,7 @@ def _label(run: Run, dry_run: bool) -> None:
 def train(run: Run) -> None:
     """Fine-tune the cross-encoder on the groups, and find the weight of the first stage beside it."""
     run.release_llm()
+    check_merge(run)
     if run.recipe.train.groups is None:
         run.manifest("groups")  # names the stage to run first
     elif run.recipe.evaluate.dev_queries is not None:
@@ -261,7 +263,13 @@ def train(run: Run) -> None:
     dev = None
     if run.recipe.evaluate.dev_queries is not None:
         dev = dev_groups(run, max(run.recipe.evaluate.top_k // 3, 1), run.recipe.evaluate.max_dev_queries)
-    train_reranker(run, dev, {**measured_queries(run), **held_out_texts(run)}, partial(choose_first_stage_weight, run))
+    train_reranker(
+        run,
+        dev,
+        {**measured_queries(run), **held_out_texts(run)},
+        partial(merge_with_base, run),
+        partial(choose_first_stage_weight, run),
+    )
 
 
 def evaluate(run: Run) -> str:

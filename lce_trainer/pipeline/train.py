@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def train_reranker(
     run: Run,
     dev: datasets.Dataset | None,
     measured_on: Mapping[str, Sequence[str]],
+    merge: Callable[[datasets.Dataset, Path], Mapping[str, Any]],
     first_stage_weight: Callable[[Path], Mapping[str, float]],
 ) -> None:
     """Train on the recipe's groups, or on those that it names.
@@ -64,14 +66,17 @@ def train_reranker(
         dev: Human queries as groups, to choose the best checkpoint by; if None, a part of the
             groups is held out for that.
         measured_on: Queries that the model will be measured or chosen on, by name; it must not learn from them.
-        first_stage_weight: Called with the trained model's folder; finds how much the first stage counts beside it.
+        merge: Called with the dev groups and the trained model's folder; merges it with its base, and says how.
+        first_stage_weight: Called with the model's folder after that; finds how much the first stage counts beside it.
     """
     human = dev is not None
     inputs = {"groups": run.manifest("groups").digest} if run.recipe.train.groups is None else {}
+    if run.recipe.train.merge == "auto":
+        inputs["general"] = run.manifest("general").digest
     groups, left_out = _leave_out_near_duplicates(_read_groups(run), measured_on, run.recipe.train.near_duplicates)
     if dev is None:
         groups, dev = _hold_out(groups, run.recipe.train.dev_fraction, run.recipe.seed)
-    _train(run, groups, dev, inputs, human, left_out, first_stage_weight)
+    _train(run, groups, dev, inputs, human, left_out, partial(merge, dev), first_stage_weight)
 
 
 def held_out_groups(run: Run, measured_on: Mapping[str, Sequence[str]]) -> datasets.Dataset:
@@ -210,6 +215,7 @@ def _train(
     inputs: Mapping[str, str],
     human_dev: bool,
     left_out: Mapping[str, Sequence[str]],
+    merge: Callable[[Path], Mapping[str, Any]],
     first_stage_weight: Callable[[Path], Mapping[str, float]],
 ) -> None:
     config = run.recipe.train
@@ -229,6 +235,8 @@ def _train(
         shape["left_out"] = digest({name: sorted(ids) for name, ids in left_out.items()})
     if config.lora.r:
         shape["lora"] = asdict(config.lora)
+    if config.merge != "none":
+        shape["merge"] = config.merge
     folder = run.root / name
     stale = is_stale(folder, name, shape, inputs)
     processes().wait_for_everyone()  # before the first can finish and change the answer
@@ -243,6 +251,7 @@ def _train(
         if trainer.is_world_process_zero():
             (run.root / "logs").mkdir(exist_ok=True)
             trainer.state.save_to_json(str(run.root / "logs" / f"{name}.json"))
+            merged = dict(merge(folder))
             first_stage = dict(first_stage_weight(folder))
             write_first_stage_weight(folder, first_stage["weight"])
             names = [file.name for file in folder.iterdir() if file.is_file()]
@@ -252,6 +261,7 @@ def _train(
                 "dev_ndcg@10": trainer.state.best_metric,
                 "dev": {"queries": len(dev), "human": human_dev, "chose_checkpoint": chose},
                 "first_stage": first_stage,
+                **({"merge": merged} if merged else {}),
             }
             near = {f"near_duplicates_{name}": len(ids) for name, ids in left_out.items()}
             counts = {**trainer.counts, **near, "steps": trainer.state.global_step}

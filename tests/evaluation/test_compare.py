@@ -19,6 +19,7 @@ from lce_trainer.evaluation.compare import (
     choose_weight,
     compare,
     fuse,
+    mean_ndcg,
     rerank,
     strongest,
 )
@@ -347,3 +348,27 @@ def test_judgments_and_runs_are_read_in_every_usual_form(tmp_path):
 def test_queries_with_one_document_a_row_are_united(tmp_path):
     (tmp_path / "q.tsv").write_text("query_id\tquery\tdoc_id\n1\tmoon\t007\n1\tmoon\t7\n2\t1999\tx\n")
     assert read_queries(tmp_path / "q.tsv") == [Query("1", "moon", ("007", "7")), Query("2", "1999", ("x",))]
+
+
+def test_the_mean_over_test_sets_counts_each_set_alike_and_resamples_within_it():
+    qrels = {f"a{i}": {"right": 1} for i in range(20)} | {f"b{i}": {"right": 1} for i in range(4)}
+    sets = {query_id: query_id[0] for query_id in qrels}
+    good, bad = {"right": 2.0, "wrong": 1.0}, {"right": 1.0, "wrong": 2.0}
+    half = {query_id: good if query_id[0] == "a" else bad for query_id in qrels}
+    best = dict.fromkeys(qrels, good)
+    results = compare({"best": best, "half": half}, qrels, baseline="best", sets=sets, resamples=200)
+    rows = {row["system"]: row for row in results.to_list() if row["measure"] == "mrr@10"}
+    # Within a set all queries are alike, so that no sample differs; over all queries the mean would be 22/24.
+    assert [rows["half"][key] for key in ("mean", "ci_low", "ci_high")] == pytest.approx([0.75] * 3)
+    assert rows["half"]["difference"] == pytest.approx(-0.25) and rows["half"]["queries"] == 24
+    assert rows["half"]["difference_low"] == pytest.approx(-0.25)
+    one = compare({"best": best, "half": half}, qrels, baseline="best", sets=dict.fromkeys(qrels, "x"), resamples=200)
+    assert one.to_list() == compare({"best": best, "half": half}, qrels, baseline="best", resamples=200).to_list()
+    assert mean_ndcg(half, qrels, sets) == pytest.approx((1 + 1 / np.log2(3)) / 2)
+
+
+def test_the_grades_that_are_relevant_may_differ_by_query():
+    qrels = {"a": {"x": 1, "y": 2}, "b": {"x": 1}}
+    run = {"a": {"x": 2.0, "y": 1.0}, "b": {"x": 1.0}}
+    results = compare({"only": run}, qrels, baseline="only", relevant_from={"a": 2, "b": 1}, resamples=10)
+    assert {row["measure"]: row["mean"] for row in results.to_list()}["mrr@10"] == pytest.approx((1 / 2 + 1) / 2)

@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from transformers import BertConfig, BertModel
 
+from helpers.general import write_candidates
 from helpers.hub_client import TOKEN
 from helpers.hub_server import HubServer, metadata_errors
 from helpers.tiny_recipe import write_recipe
@@ -91,22 +91,13 @@ def test_a_checkpoint_chosen_on_held_out_groups_or_on_nothing_known_is_called_th
 
 def test_each_table_says_which_candidates_were_reranked(finished, tmp_path, capsys):
     root = finished.copy(tmp_path / "run", *ALL)
-    rows = [
-        {"query_id": f"q{i}", "query": f"what {i}", "doc_id": f"d{j}", "text": f"river {j}", "bm25_rank": j}
-        for i in range(3)
-        for j in range(14 + i)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pools.parquet")
-    judged = [{"query_id": f"q{i}", "doc_id": "d1", "grade": 2} for i in range(3)]
-    pq.write_table(pa.Table.from_pylist(judged), tmp_path / "qrels.parquet")
-    files = (f"evaluate.candidates={tmp_path / 'pools.parquet'}", f"evaluate.qrels={tmp_path / 'qrels.parquet'}")
-    settings = (f"run_dir={root}", *files, "mine.first_stage=bm25")
+    candidates = write_candidates(tmp_path / "dl19")
+    settings = (f"run_dir={root}", f"evaluate.benchmark=[{candidates}]", "mine.first_stage=bm25")
     assert main(["evaluate", str(finished.recipe), *settings]) == 0
     inside, outside = gather_facts(open_run(finished.recipe, settings)).evaluations
     assert inside.notes.startswith("Each system reranks the same candidates: the first 10 passages a query of BM25.")
-    assert outside.notes.startswith(
-        "Each system reranks the same candidates, those given in pools.parquet, all of them: 14 to 16 a query."
-    )
+    assert "all that candidates.parquet holds, 14 to 16 a query" in outside.notes
+    assert "(grades from 2 on are relevant for MAP and MRR) (dl19)" in outside.notes
     assert "BM25" not in outside.notes and str(tmp_path) not in outside.notes
 
 
