@@ -32,6 +32,8 @@ from lce_trainer.files import (
     with_titles,
 )
 
+_BEIR_ENDINGS = tuple(f"{end}{packed}" for end in (".jsonl", ".parquet", ".tsv") for packed in ("", ".gz", ".zst"))
+
 Source: TypeAlias = str | Path | datasets.Dataset | Mapping[str, Any]
 
 ID_LISTS = ("passage_ids", "doc_ids", "document_ids", "docids", "pids", "candidates", "corpus_ids")
@@ -351,3 +353,19 @@ def _nested(name: str, source: Mapping[Any, Any], error: type[LCETrainerError]) 
         bad = rows[int(np.flatnonzero(~np.isfinite(values))[0])]
         raise error(f"{name}: query {bad[0]!r}, passage {bad[1]!r}: {bad[2]} is not a finite number")
     return Triples(name, columns[0], columns[1], values, np.arange(len(values)))
+
+
+def beir_files(folder: Path, split: str, error: type[LCETrainerError]) -> dict[str, Path] | None:
+    """Return the files of a folder in the BEIR layout; None if it has another.
+
+    Raises:
+        LCETrainerError: An ``error``: it has no judgments of that split.
+    """
+    files = {name: [folder / f"{name}{end}" for end in _BEIR_ENDINGS] for name in ("corpus", "queries")}
+    found = {name: next((file for file in some if file.is_file()), None) for name, some in files.items()}
+    if found["corpus"] is None or found["queries"] is None:
+        return None
+    splits = {file.name.partition(".")[0]: file for file in sorted((folder / "qrels").glob("*.tsv*"))}
+    if split not in splits:
+        raise error(f"{folder / 'qrels'} has no {split}.tsv, only {', '.join(splits) or 'nothing'}: set split=")
+    return {"corpus": found["corpus"], "queries": found["queries"], "qrels": splits[split]}

@@ -14,8 +14,8 @@ from lce_trainer.errors import GroupsError
 from lce_trainer.files import arrow_table, class_names, kind_of, one_line, open_dataset, read_rows
 from lce_trainer.groups.layouts import numeric_lists, row_pairs
 from lce_trainer.groups.pairs import merge
-from lce_trainer.groups.trec import beir_files, judged_pairs
-from lce_trainer.qrels import Source
+from lce_trainer.groups.trec import judged_pairs
+from lce_trainer.qrels import Source, beir_files
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def to_groups(
         GroupsError: The layout is unknown, or what is there contradicts it; names file and row.
     """
     judged: dict[str, Any] = {"queries": queries, "corpus": corpus, "qrels": qrels}
-    if isinstance(source, (str, Path)) and (found := beir_files(Path(source), split)):
+    if isinstance(source, (str, Path)) and (found := beir_files(Path(source), split, GroupsError)):
         judged = {**found, **{name: value for name, value in judged.items() if value is not None}}
         source = None
     if source is None:
@@ -162,7 +162,7 @@ def load_groups(source: str, split: str = "train") -> datasets.Dataset:
     Raises:
         GroupsError: There is nothing of that name, or it cannot be read as groups.
     """
-    if beir_files(Path(source), split):
+    if beir_files(Path(source), split, GroupsError):
         return to_groups(source, split=split)[0]
     table = _read(source, split, ())
     return table if is_grouped(table) else to_groups(table)[0]

@@ -1,7 +1,5 @@
 """Queries, passages, judgments and runs, as TREC, MS MARCO and BEIR publish them, into judged pairs."""
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,8 +8,6 @@ from lce_trainer.errors import GroupsError
 from lce_trainer.files import PASSAGE_IDS, QUERY_IDS
 from lce_trainer.groups.pairs import Pairs, Texts, distinct
 from lce_trainer.qrels import Source, Triples, read_qrels, read_run, read_texts
-
-_ENDINGS = tuple(f"{end}{packed}" for end in (".jsonl", ".parquet", ".tsv") for packed in ("", ".gz", ".zst"))
 
 
 def judged_pairs(
@@ -72,22 +68,6 @@ def judged_pairs(
     passage, known_passages = _texts_of(passage, passage_ids, passage_texts, "p")
     unknown = np.full(len(query), np.nan, dtype=np.float32)
     return Pairs(known_queries, known_passages, query, passage, grades.astype(np.float32), unknown), counts
-
-
-def beir_files(folder: Path, split: str) -> dict[str, Path] | None:
-    """The files of a folder in the BEIR layout; None if it has another.
-
-    Raises:
-        GroupsError: It has no judgments of that split.
-    """
-    files = {name: [folder / f"{name}{end}" for end in _ENDINGS] for name in ("corpus", "queries")}
-    found = {name: next((file for file in some if file.is_file()), None) for name, some in files.items()}
-    if found["corpus"] is None or found["queries"] is None:
-        return None
-    splits = {file.name.partition(".")[0]: file for file in sorted((folder / "qrels").glob("*.tsv*"))}
-    if split not in splits:
-        raise GroupsError(f"{folder / 'qrels'} has no {split}.tsv, only {', '.join(splits) or 'nothing'}: set split=")
-    return {"corpus": found["corpus"], "queries": found["queries"], "qrels": splits[split]}
 
 
 def _rows(

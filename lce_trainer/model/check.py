@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lce_trainer.compat import find_file
 from lce_trainer.model.crossencoder import read_json
 from lce_trainer.model.export import draw_pairs
+from lce_trainer.model.families import family_of
 from lce_trainer.model.onnx import FILES
 from lce_trainer.model.reranker import Reranker
 from lce_trainer.model.template import pair_template
@@ -31,13 +32,6 @@ SAME, OTHER, FAILS, EXPECTED, UNKNOWN = "same scores", "other scores", "does not
 _TOLERANCE = {"onnx": 1e-4}
 _EXACT = 1e-5
 _MOST_TOKENS = 128
-
-# text-embeddings-inference 1.9: what its loaders of these model types do with a classification head.
-_TEI = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "modernbert", "deberta-v2", "new"}
-# vLLM 0.32: the architectures of its scoring API; decoders are converted from their sequence classifiers.
-_VLLM = {"bert", "roberta", "xlm-roberta", "modernbert", "new", "qwen2", "qwen3", "llama", "mistral", "gemma"}
-# llama.cpp's converter writes a rank head for these alone, and leaves out BERT's pooler and ModernBERT's dense layer.
-_GGUF = {"roberta", "xlm-roberta"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +61,9 @@ class _Checkpoint:
     @property
     def kind(self) -> str:
         return str(self.reranker.model.config.model_type)
+
+    def served_by(self, server: str) -> bool:
+        return server in family_of(self.reranker.model.config).servers
 
     def holds(self, file: str) -> bool:
         return find_file(self.path, file) is not None
@@ -209,7 +206,7 @@ def _tei(found: _Checkpoint) -> Loader:
     name = "text-embeddings-inference, /rerank"
     if found.holds("adapter_config.json"):
         return Loader(name, FAILS, "it reads no adapters: lce-trainer convert merges them")
-    if _answers(found) or found.kind not in _TEI:
+    if _answers(found) or not found.served_by("tei"):
         return Loader(name, FAILS, f"it has no classification head for {found.kind}")
     if found.holds("modules.json") and not _has_head(found):
         return Loader(name, FAILS, "it does not read modular heads: lce-trainer convert writes a plain checkpoint")
@@ -231,7 +228,7 @@ def _vllm(found: _Checkpoint) -> Loader:
         return Loader(name, EXPECTED, detail)
     if not _has_head(found):
         return Loader(name, FAILS, "it does not read modular heads: lce-trainer convert writes a plain checkpoint")
-    if found.kind not in _VLLM:
+    if not found.served_by("vllm"):
         return Loader(name, FAILS, f"it scores with no classifier of {found.kind}")
     if _template(found):
         return Loader(name, OTHER, "it needs the model's chat template as --chat-template, or it reads bare pairs")
@@ -240,7 +237,7 @@ def _vllm(found: _Checkpoint) -> Loader:
 
 def _gguf(found: _Checkpoint) -> Loader:
     name = "llama.cpp, as GGUF"
-    if found.kind in _GGUF and _has_head(found):
+    if found.served_by("gguf") and _has_head(found):
         return Loader(name, EXPECTED, f"its converter keeps the head of {found.kind}")
     return Loader(name, FAILS, f"its converter drops what lies between {found.kind}'s last layer and the score")
 

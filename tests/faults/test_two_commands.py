@@ -14,6 +14,7 @@ import pytest
 from helpers.command import Moment, command, ended, started
 from helpers.paths import ROOT
 from helpers.tiny_recipe import ARTIFACTS, assert_same_run, contents
+from lce_trainer.pipeline.run import open_run
 
 SETTINGS = ("train.max_steps=4",)
 # What each command makes, besides what the commands before it make.
@@ -86,25 +87,18 @@ def test_a_killed_command_holds_nothing(finished, tmp_path):
 @pytest.mark.timeout(600)
 def test_two_ranks_of_a_launch_hold_the_folder_together_and_wait_together(finished, tmp_path):
     root = finished.copy(tmp_path / "run", *ARTIFACTS[:4])
-    settings = (finished.recipe, f"run_dir={root}", "train.max_steps=4", "train.per_device_train_batch_size=2")
+    settings = (finished.recipe, f"run_dir={root}", "train.max_steps=30", "train.per_device_train_batch_size=2")
 
-    # One command holds the folder, stopped: both ranks wait for it, and log so once.
-    holds = started("evaluate", *settings, log=tmp_path / "holds")
+    # This process holds the folder: both ranks wait for it, and log so once.
     holder = root / ".lock.json"
-    while not holder.exists() and holds.is_alive():
-        time.sleep(0.02)
-    os.kill(holds.pid, signal.SIGSTOP)
-    launch = launched(*settings, log=tmp_path / "launched")
-    try:
+    with open_run(finished.recipe, [f"run_dir={root}"]).held():
+        launch = launched(*settings, log=tmp_path / "launched")
         while launch.poll() is None and "waiting until it is done" not in (tmp_path / "launched").read_text():
             time.sleep(0.1)
         assert launch.poll() is None and not (root / "model" / "manifest.json").exists()
-    finally:
-        os.kill(holds.pid, signal.SIGCONT)
-    ended(holds, tmp_path / "holds")
 
     # Now the launch holds it, under the id of its first rank, and a third command is refused.
-    while launch.poll() is None and (not holder.exists() or json.loads(holder.read_text())["pid"] == holds.pid):
+    while launch.poll() is None and (not holder.exists() or json.loads(holder.read_text())["pid"] == os.getpid()):
         time.sleep(0.02)
     first = json.loads(holder.read_text())["pid"]
     os.kill(first, signal.SIGSTOP)
@@ -115,7 +109,7 @@ def test_two_ranks_of_a_launch_hold_the_folder_together_and_wait_together(finish
     assert status == 2 and f"error: {root} is in use by process {first} on" in printed, printed
     assert launch.wait(timeout=280) == 0, (tmp_path / "launched").read_text()[-3000:]
     printed = (tmp_path / "launched").read_text()
-    assert printed.count(f"is in use by process {holds.pid} on ") == printed.count("waiting until it is done") == 1
+    assert printed.count(f"is in use by process {os.getpid()} on ") == printed.count("waiting until it is done") == 1
     assert printed.count("INFO: train took ") == 1
     assert not holder.exists()
     status, printed = command("train", *settings, "--no-wait", log=tmp_path / "log")
