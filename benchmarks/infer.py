@@ -134,8 +134,6 @@ def over_batches(reranker: Reranker, logits: Callable[[dict[str, Tensor]], Tenso
 
 def exported(checkpoint: Path, max_length: int, calibration: Pairs) -> dict[str, Score]:
     """The checkpoint as ONNX and OpenVINO files, on as many threads as torch has, fed by our batches of texts."""
-    import onnxruntime  # noqa: F401, with which the files are run
-
     folder = checkpoint.parent / "exported"
     if not folder.exists():  # one file serves all precisions
         export_onnx(str(checkpoint), folder, int8=True)

@@ -434,34 +434,44 @@ def _export(arguments: argparse.Namespace) -> str:
     return f"Wrote {folder / 'onnx'}.\n\n{describe_export(exported)}\n\nOn the dev queries:\n{table(compared)}"
 
 
-def _calibrate(arguments: argparse.Namespace) -> None:
-    """Calibrate a model, or that of a recipe, and print the figures."""
+def _of_model_or_recipe(
+    arguments: argparse.Namespace,
+    of_model: Callable[[str], dict[str, Any]],
+    of_run: Callable[["Run"], dict[str, Any]],
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """Report on a model, or on that of a recipe, whose run folder is held meanwhile."""
     from lce_trainer.artifacts import writing
     from lce_trainer.errors import ConfigError
-    from lce_trainer.pipeline.calibrate import calibrate_model, calibrate_run, describe_calibration
     from lce_trainer.pipeline.run import open_run
+
+    if Path(arguments.model).suffix in (".yaml", ".yml"):
+        run = open_run(Path(arguments.model), arguments.overrides)
+        with writing(run.root), run.held(wait=not arguments.no_wait):
+            run.lead(lambda: report(of_run(run)))
+        return
+    if arguments.overrides:
+        raise ConfigError(f"{arguments.overrides[0]} overrides a recipe, and {arguments.model} is none")
+    report(of_model(arguments.model))
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    """Calibrate a model, or that of a recipe, and print the figures."""
+    from lce_trainer.pipeline.calibrate import calibrate_model, calibrate_run, describe_calibration
 
     def report(found: dict[str, Any]) -> None:
         page = "" if found["page"] is None else f"\n\nreport: {found['page']}"
         print(f"{describe_calibration(found)}{page}")
 
     chosen = arguments.pairs, arguments.precision, arguments.output
-    if Path(arguments.model).suffix in (".yaml", ".yml"):
-        run = open_run(Path(arguments.model), arguments.overrides)
-        with writing(run.root), run.held(wait=not arguments.no_wait):
-            run.lead(lambda: report(calibrate_run(run, *chosen)))
-        return
-    if arguments.overrides:
-        raise ConfigError(f"{arguments.overrides[0]} overrides a recipe, and {arguments.model} is none")
-    report(calibrate_model(arguments.model, *chosen))
+    _of_model_or_recipe(
+        arguments, lambda model: calibrate_model(model, *chosen), lambda run: calibrate_run(run, *chosen), report
+    )
 
 
 def _attack(arguments: argparse.Namespace) -> None:
     """Attack a model, or that of a recipe, and print the figures."""
-    from lce_trainer.artifacts import writing
-    from lce_trainer.errors import ConfigError
     from lce_trainer.pipeline.attack import attack_model, attack_run, describe_attacks, write_attacks
-    from lce_trainer.pipeline.run import open_run
 
     def report(found: dict[str, Any]) -> None:
         if arguments.json is not None:
@@ -469,14 +479,9 @@ def _attack(arguments: argparse.Namespace) -> None:
         print(describe_attacks(found))
 
     chosen = arguments.groups, arguments.queries, arguments.special_tokens
-    if Path(arguments.model).suffix in (".yaml", ".yml"):
-        run = open_run(Path(arguments.model), arguments.overrides)
-        with writing(run.root), run.held(wait=not arguments.no_wait):
-            run.lead(lambda: report(attack_run(run, *chosen)))
-        return
-    if arguments.overrides:
-        raise ConfigError(f"{arguments.overrides[0]} overrides a recipe, and {arguments.model} is none")
-    report(attack_model(arguments.model, *chosen))
+    _of_model_or_recipe(
+        arguments, lambda model: attack_model(model, *chosen), lambda run: attack_run(run, *chosen), report
+    )
 
 
 def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:

@@ -206,8 +206,10 @@ def _tei(found: _Checkpoint) -> Loader:
     name = "text-embeddings-inference, /rerank"
     if found.holds("adapter_config.json"):
         return Loader(name, FAILS, "it reads no adapters: lce-trainer convert merges them")
-    if _answers(found) or not found.served_by("tei"):
+    if _answers(found) or "tei" in family_of(found.reranker.model.config).refused_by:
         return Loader(name, FAILS, f"it has no classification head for {found.kind}")
+    if not found.served_by("tei"):
+        return Loader(name, UNKNOWN, f"no rule says whether it has a classification head for {found.kind}")
     if found.holds("modules.json") and not _has_head(found):
         return Loader(name, FAILS, "it does not read modular heads: lce-trainer convert writes a plain checkpoint")
     if not found.holds("tokenizer.json"):

@@ -40,9 +40,10 @@ class Family:
             over a pair's pooled token, as modular CrossEncoders have it; see :mod:`lce_trainer.model.modular`.
         has_own_attention: Whether its attention is not called through transformers' ``AttentionInterface``, so that
             its patches alone make it packed.
-        servers: Servers that score with a classification head of this family: text-embeddings-inference (``tei``, by
-            the loaders of 1.9), vLLM (``vllm``, by the scoring architectures of 0.32), and llama.cpp (``gguf``), whose
-            converter leaves out BERT's pooler and ModernBERT's dense layer.
+        servers: Servers that score with a classification head of this family, by their sources:
+            text-embeddings-inference (``tei``), vLLM (``vllm``) and llama.cpp (``gguf``), whose converter is reported
+            to leave out BERT's pooler and ModernBERT's dense layer.
+        refused_by: Servers whose source refuses such a head.
         patches: Yields the modules of a model whose forward is replaced for packed rows; None if the family is padded.
     """
 
@@ -51,6 +52,7 @@ class Family:
     has_normed_head: bool = False
     has_own_attention: bool = False
     servers: tuple[str, ...] = ()
+    refused_by: tuple[str, ...] = ()
     patches: Callable[[Any], Iterator[Patch]] | None = None
 
 
@@ -95,14 +97,13 @@ FAMILIES = {
     "roberta": Family(positions_after_padding=True, servers=("tei", "vllm", "gguf"), patches=_bert),
     "xlm-roberta": Family(positions_after_padding=True, servers=("tei", "vllm", "gguf"), patches=_bert),
     "camembert": Family(positions_after_padding=True, servers=("tei",), patches=_bert),
-    "distilbert": Family(servers=("tei",), patches=_distilbert),
+    "distilbert": Family(patches=_distilbert),
     "modernbert": Family(has_normed_head=True, servers=("tei", "vllm"), patches=_modernbert),
-    "qwen3": Family(is_decoder=True, servers=("vllm",), patches=_decoder),
+    "qwen3": Family(is_decoder=True, servers=("vllm",), refused_by=("tei",), patches=_decoder),
     "qwen2": Family(is_decoder=True, servers=("vllm",), patches=_decoder),
     "llama": Family(is_decoder=True, servers=("vllm",), patches=_decoder),
-    "mistral": Family(is_decoder=True, servers=("vllm",), patches=_decoder),
-    "mpnet": Family(positions_after_padding=True, has_own_attention=True, patches=_mpnet),
-    "deberta-v2": Family(servers=("tei",)),
+    "mistral": Family(is_decoder=True, servers=("vllm",), refused_by=("tei",), patches=_decoder),
+    "mpnet": Family(positions_after_padding=True, has_own_attention=True, refused_by=("tei",), patches=_mpnet),
     "longformer": Family(positions_after_padding=True),
     "xlm-roberta-xl": Family(positions_after_padding=True),
     "xmod": Family(positions_after_padding=True),
