@@ -45,6 +45,13 @@ first steps:
   lce-trainer config generate            what can be set for a stage
   lce-trainer publish recipe.yaml publish.model_id=you/name --dry-run
 """
+_RUN_EPILOG = """\
+With --on the run is a job of Hugging Face, which is paid for. The recipe and the files that it names go to a private
+dataset repo, the job's log is printed here, and the run folder comes back. Ctrl-C leaves the job running; the same
+command again goes on with its log, and with a job that was interrupted from what it had finished.
+
+  lce-trainer run recipe.yaml --on hf-jobs --flavor a10g-small --timeout 6h --dry-run
+"""
 _CONVERT_EPILOG = """\
 A modular CrossEncoder of sentence-transformers, such as Ettin's, becomes the AutoModelForSequenceClassification that
 computes the same scores; adapters are merged into their base. What cannot be converted exactly is refused.
@@ -204,7 +211,7 @@ def parser() -> argparse.ArgumentParser:
     config.add_argument("section", nargs="?", help="a section such as train.lora, or a key such as mine.top_k")
     inspect = "show groups: the query, its positives and its negatives with their soft labels"
     for name, what in {**_STAGES, "inspect": inspect}.items():
-        command = add(name, what, _EPILOG)
+        command = add(name, what, f"{_EPILOG}\n{_RUN_EPILOG}" if name == "run" else _EPILOG)
         command.add_argument("recipe", type=Path, help="the recipe, a YAML file")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
         if name == "inspect":
@@ -213,6 +220,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--no-wait", action="store_true", help="fail if another command works in the run folder, do not wait for it"
         )
+        if name == "run":
+            _add_job_arguments(command)
         if name in ("generate", "label"):
             command.add_argument("--dry-run", action="store_true", help="answer a sample and print what the rest costs")
         if name == "publish":
@@ -280,6 +289,35 @@ def parser() -> argparse.ArgumentParser:
     return command_line
 
 
+def _add_job_arguments(command: argparse.ArgumentParser) -> None:
+    job = command.add_argument_group("on another machine")
+    job.add_argument("--on", choices=["hf-jobs"], help="where: Hugging Face Jobs")
+    job.add_argument("--flavor", metavar="NAME", help="the machine, such as cpu-upgrade, t4-small or a10g-small")
+    job.add_argument("--timeout", metavar="TIME", help="after which the job is ended, such as 90m (6h)")
+    job.add_argument("--image", metavar="IMAGE", help="Docker image with python3 and pip (python:3.12)")
+    job.add_argument(
+        "--secret",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="environment variable whose value the job gets as a secret; repeat it for several (HF_TOKEN always goes)",
+    )
+    job.add_argument(
+        "--run-repo", metavar="USER/NAME", help="private dataset repo of the run folder (named after run_dir)"
+    )
+    job.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a file or folder that goes up too, such as what corpus.script reads; repeat it for several",
+    )
+    job.add_argument(
+        "--package", metavar="REQUIREMENT", help="what pip installs lce-trainer by (a wheel of what is installed here)"
+    )
+    job.add_argument("--dry-run", action="store_true", help="print what would be submitted, and contact nobody")
+
+
 def _configure_output(verbose: bool) -> None:
     """Log this package's messages to standard error, from one process; those of libraries only with ``--verbose``."""
     logging.basicConfig(level=logging.WARNING if verbose else logging.ERROR, format="%(levelname)s: %(message)s")
@@ -337,11 +375,49 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.command == "inspect":
             print(_inspect(run, arguments.groups))
             return 0
+        if arguments.command == "run" and _is_remote(arguments):
+            _run_remotely(arguments, run)
+            return 0
         with writing(run.root), run.held(wait=not arguments.no_wait):
             if arguments.command == "judges":
                 run.lead(lambda: print(_judges(run, arguments)))
                 return 0
             return _run_stages(arguments, run)
+
+
+def _is_remote(arguments: argparse.Namespace) -> bool:
+    """Whether a run is for another machine; a flag that is for those alone needs --on."""
+    from lce_trainer.errors import ConfigError
+
+    if arguments.on is not None:
+        return True
+    names = ("flavor", "timeout", "image", "secret", "run_repo", "include", "package", "dry_run")
+    if given := [name for name in names if getattr(arguments, name)]:
+        raise ConfigError(f"--{given[0].replace('_', '-')} is for a run on another machine: add --on hf-jobs")
+    return False
+
+
+def _run_remotely(arguments: argparse.Namespace, run: "Run") -> None:
+    """Run a recipe as a job, and print what goes up, the job's log and what came back."""
+    from lce_trainer.artifacts import writing
+    from lce_trainer.errors import ConfigError
+    from lce_trainer.hub.jobs import JobSettings, run_remotely
+    from lce_trainer.pipeline.remote import prepare_job
+
+    if arguments.flavor is None:
+        raise ConfigError("--on hf-jobs needs --flavor, the machine that is paid for, such as a10g-small")
+    chosen = {name: getattr(arguments, name) for name in ("timeout", "image", "run_repo", "package")}
+    settings = JobSettings(
+        arguments.flavor,
+        secrets=tuple(arguments.secret),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    submission = prepare_job(run, arguments.recipe, arguments.overrides, settings, arguments.include)
+    print(submission.describe(), flush=True)
+    if arguments.dry_run:
+        return
+    with writing(run.root), run.held(wait=not arguments.no_wait):
+        print(f"\n{run_remotely(submission, lambda line: print(line, flush=True))}")
 
 
 def _inspect(run: "Run", count: int) -> str:

@@ -14,6 +14,7 @@
     ├── TrainingError        a training run that cannot start or go on
     ├── EvaluationError      judgments or runs that cannot be compared
     ├── PublishError         a model or dataset that cannot be uploaded
+    ├── JobError             a job on another machine that cannot be started, or failed
     └── FirstProcessError    of several processes another one, the first, has ended the work
 
 A message says what was expected, what came and what to do. It never holds a token.
@@ -68,6 +69,10 @@ class EvaluationError(LCETrainerError):
 
 class PublishError(LCETrainerError):
     """A model or dataset that cannot be uploaded."""
+
+
+class JobError(LCETrainerError):
+    """A job on another machine that cannot be started, or failed."""
 
 
 class FirstProcessError(LCETrainerError):

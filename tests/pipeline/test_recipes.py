@@ -175,3 +175,40 @@ def test_sharded_models_and_several_machines_train_as_one_process(finished, tmp_
         assert_same(load_file(tmp_path / name / "model" / "model.safetensors"), one, 1e-5)
         assert logs[name]["best_metric"] == pytest.approx(logs["cpu"]["best_metric"], abs=1e-5)
         assert printed[name].count("INFO: train took ") == 1
+
+
+SRUN = """\
+#!/bin/sh
+shift
+for node in 0 1 2; do SLURM_NODEID=$node "$@"; done
+"""
+ACCELERATE = """\
+#!/bin/sh
+for word in "$@"; do echo "$word"; done > "$OUT/$SLURM_NODEID"
+"""
+
+
+def test_the_slurm_script_launches_a_recipe_on_each_machine(tmp_path):
+    """Read by accelerate's own launcher; what Slurm does is done by stand-ins."""
+    for name, text in {"srun": SRUN, "accelerate": ACCELERATE, "scontrol": "#!/bin/sh\necho n1\necho n2\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path), "SLURM_NNODES": "3"}
+    environment |= {"SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "n[1-3]"}
+    script = ["bash", str(RECIPES / "slurm" / "run.sbatch")]
+    words = ["a recipe.yaml", "train.seed=1"]
+    done = subprocess.run([*script, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for rank in range(3):
+        launch, *rest = (tmp_path / str(rank)).read_text().splitlines()
+        arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(rest))
+        assert launch == "launch" and arguments.multi_gpu
+        assert (arguments.num_machines, arguments.num_processes, arguments.machine_rank) == (3, 12, rank)
+        assert (arguments.main_process_ip, arguments.main_process_port) == ("n1", 20000 + 123456 % 20000)
+        assert arguments.module and [arguments.training_script, *arguments.training_script_args] == [
+            "lce_trainer.cli",
+            "run",
+            *words,
+        ]
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "name a recipe" in done.stderr
