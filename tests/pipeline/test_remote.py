@@ -124,6 +124,7 @@ def test_the_command_says_what_it_would_submit_and_what_its_flags_need(folder, c
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_whole_run_as_a_job_whose_artifacts_a_local_run_takes_up(tmp_path):
     """The wheel of this source is installed by pip and runs; what it makes comes back, and nothing is made again."""
     folder = tmp_path / "mine"
