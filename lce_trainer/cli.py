@@ -390,6 +390,8 @@ def _is_remote(arguments: argparse.Namespace) -> bool:
     from lce_trainer.errors import ConfigError
 
     if arguments.on is not None:
+        if "RANK" in os.environ:
+            raise ConfigError("--on submits one job: start the command without accelerate launch or torchrun")
         return True
     names = ("flavor", "timeout", "image", "secret", "run_repo", "include", "package", "dry_run")
     if given := [name for name in names if getattr(arguments, name)]:

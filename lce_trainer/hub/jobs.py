@@ -8,8 +8,8 @@ Both ways lead through a private dataset repo, which holds
 - ``job.json``: what the job runs; ``finished.json``: of which inputs ``run/`` is the whole result.
 
 The job itself runs ``python3 -m lce_trainer.hub.jobs user/repo``. It fetches the inputs and what is made already,
-runs ``lce-trainer run``, and sends what is finished whenever a stage or a checkpoint is, so that a job that is
-killed has lost no more than the stage it was in.
+runs ``lce-trainer run``, and sends what is finished whenever a stage or a checkpoint is, and the journals of the
+language model's answers every few minutes, so that little is lost with a job that is killed.
 
 The values of secrets go to the jobs API as secrets, and nowhere else: a file that holds one is refused, and in what a
 job prints they are masked.
@@ -51,7 +51,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # ht
 from huggingface_hub.hf_api import RepoFile
 
 from lce_trainer.artifacts import MANIFEST, digest, file_sha256, read_manifest
-from lce_trainer.errors import JobError, LCETrainerError
+from lce_trainer.errors import ArtifactError, JobError, LCETrainerError
 from lce_trainer.hub.contents import Repo, _hashes, _repo_id
 from lce_trainer.hub.publish import _explain
 
@@ -63,6 +63,7 @@ _SYNCED = ".hf-jobs.json"  # in the run folder: what the repo held when both wer
 _ARRIVING = ".hf-jobs"
 _LABEL_REPO, _LABEL_INPUTS = "lce-trainer-repo", "lce-trainer-inputs"
 _ENDED = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
+_JOURNAL = ".jsonl"
 _CHECKPOINTS = "checkpoints"  # of a training that goes on there: they do not come back
 # Of the extras, those that a run can need, with the packages by which it is known that they are installed here.
 EXTRAS = {
@@ -130,6 +131,7 @@ class Submission:
         named_by: What names each file or folder at the top, such as ``corpus.source``, by its name among the inputs.
         root: The run folder here.
         settings: Where and how it runs.
+        extras: Of lce_trainer, which the recipe needs there, besides those that are installed here.
     """
 
     recipe: str
@@ -138,6 +140,7 @@ class Submission:
     named_by: Mapping[str, str]
     root: Path
     settings: JobSettings
+    extras: tuple[str, ...] = ()
     _wheel: list[tuple[str, bytes]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
@@ -314,7 +317,7 @@ def job_command(repo_id: str, submission: Submission) -> list[str]:
             f"allow_patterns='{_PACKAGE}/*', local_dir='.')"
         )
         steps = [f"{install} {shlex.quote(hub)}", f"python3 -c {shlex.quote(code)}"]
-        extras = ",".join(installed_extras())
+        extras = ",".join(sorted({*installed_extras(), *submission.extras}))
         requirement = f"./{_PACKAGE}/{wheel[0]}" + (f"[{extras}]" if extras else "")
     steps += [f"{install} {shlex.quote(requirement or '')}", f"exec python3 -m lce_trainer.hub.jobs {repo_id}"]
     return ["sh", "-c", " && ".join(steps)]
@@ -378,8 +381,8 @@ def run_remotely(
         A sentence on what was done.
 
     Raises:
-        JobError: The repo is public or not ours, another job works in it, the Hub refuses, or the job failed.
-        ArtifactError: What came back is not what was made.
+        JobError: The repo is public or not ours, another job works in it, the Hub refuses, the job failed, or what
+            it made does not verify.
     """
     secrets = submission.secrets(token)
     if TOKEN not in secrets:
@@ -633,8 +636,15 @@ def _bring_back(api: HfApi, repo_id: str, root: Path) -> int:
         for name, path in visible_files(arriving).items():
             if name not in there:  # of an earlier try
                 path.unlink()
-        for manifest in sorted((arriving / _RUN).rglob(MANIFEST)):
-            read_manifest(manifest.parent)
+        for part in back:
+            for manifest in sorted((arriving / _RUN / part).rglob(MANIFEST)):
+                try:
+                    read_manifest(manifest.parent)
+                except ArtifactError as error:
+                    raise JobError(
+                        f"{repo_id}: {error}: delete {_RUN}/{part} and {_FINISHED} in the repo, and run the same "
+                        "command again, which makes it anew"
+                    ) from None
     for part in back:
         new, old = arriving / _RUN / part, root / part
         count += len(_parts(_under(there, _RUN))[part])
@@ -784,7 +794,7 @@ def work(
         repo_id: The dataset repo.
         folder: Empty, or what an earlier try left.
         command: ``lce-trainer``.
-        pause: Seconds between two uploads at least.
+        pause: Seconds between two uploads at least; journals alone are sent after five times as many.
         write: Called with each line, its newline included.
 
     Returns:
@@ -819,14 +829,16 @@ def work(
 
     copying = threading.Thread(target=copy, daemon=True)
     copying.start()
-    sent, last = _seals(run), time.monotonic()
+    sent, last = _stamps(run), time.monotonic()
     while child.poll() is None:
-        time.sleep(min(pause, 1.0) or 0.1)
-        seals = _seals(run)
-        if seals != sent and time.monotonic() - last >= pause:
+        time.sleep(min(pause, 1.0))
+        stamps = _stamps(run)
+        changed = {name for name in stamps if stamps[name] != sent.get(name)}
+        passed = time.monotonic() - last
+        if changed and passed >= (pause if any(name.endswith(MANIFEST) for name in changed) else 5 * pause):
             try:
                 _push_run(api, repo_id, run, secrets, write, sealed=True)
-                sent = seals
+                sent = stamps
             except (HTTPError, OSError, ValueError, RuntimeError) as error:  # files change while they are sent
                 write(f"the run folder is sent later: {masked(_one_line(str(error)), secrets)}\n")
             last = time.monotonic()
@@ -844,11 +856,11 @@ def work(
     return status or 1
 
 
-def _seals(run: Path) -> dict[str, int]:
-    """Return the time of each manifest of a run folder, in nanoseconds."""
+def _stamps(run: Path) -> dict[str, int]:
+    """Return the time of the last change of each manifest and journal of a run folder, in nanoseconds."""
     found = {}
     for name, path in visible_files(run).items():
-        if path.name == MANIFEST:
+        if path.name == MANIFEST or path.suffix == _JOURNAL:
             try:
                 found[name] = path.stat().st_mtime_ns
             except FileNotFoundError:  # an older checkpoint, which is deleted just now
@@ -878,7 +890,7 @@ def _push_run(
         write(f"error: {path.relative_to(run)} holds the value of {name}, and is not sent\n")
         made = {other: at for other, at in made.items() if at != path}
     files: dict[str, Path | bytes] = {
-        f"{_RUN}/{name}": path.read_bytes() if name.endswith(".jsonl") else path for name, path in made.items()
+        f"{_RUN}/{name}": path.read_bytes() if name.endswith(_JOURNAL) else path for name, path in made.items()
     }
     if done is not None:
         files[_FINISHED] = done
@@ -889,7 +901,7 @@ def _push_run(
 
 def _is_sealed(name: str, files: Collection[str]) -> bool:
     folders = PurePosixPath(name).parents
-    return name.endswith(".jsonl") or any(f"{folder}/{MANIFEST}" in files for folder in folders[:-1])
+    return name.endswith(_JOURNAL) or any(f"{folder}/{MANIFEST}" in files for folder in folders[:-1])
 
 
 def main(repo_id: str) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from lce_trainer.artifacts import MANIFEST
 from lce_trainer.errors import ConfigError
 from lce_trainer.hub.jobs import JobSettings, Submission
 from lce_trainer.hub.privacy import is_local
@@ -79,16 +80,14 @@ def prepare_job(
             continue
         top = PurePosixPath(name).as_posix()
         for file_name, path in _files_of(run, key, top, found).items():
+            if not any(f"{file_name}/".startswith(f"{other}/") for other in named_by):
+                named_by[top if file_name.startswith(f"{top}/") else file_name] = key
             if file_name in files and not files[file_name].samefile(path):
                 raise ConfigError(
                     f"{key}: {path} and {files[file_name]} would both be {file_name} in the job: rename one of them"
                 )
             files[file_name] = path
-        if not any(top == other or top.startswith(f"{other}/") for other in named_by):
-            named_by[top] = key
-        for chat in (name for name in files if name.endswith(".chat.jinja")):
-            named_by.setdefault(chat, key)
-    submission = Submission(recipe.name, tuple(overrides), files, named_by, run.root, settings)
+    submission = Submission(recipe.name, tuple(overrides), files, named_by, run.root, settings, _extras(run))
     submission.check(submission.secrets())
     return submission
 
@@ -98,6 +97,22 @@ def _endpoints(run: Run) -> list[str]:
     for value in (run.recipe.llm.endpoint, run.recipe.evaluate.synthetic.endpoint):
         found += [value] if isinstance(value, str) else value or []
     return found
+
+
+def _extras(run: Run) -> tuple[str, ...]:
+    """Return the extras of lce_trainer that the recipe needs, as far as it shows which."""
+    recipe = run.recipe
+    makes_groups = recipe.train.groups is None
+    models = [recipe.train.model, recipe.mine.encoder or "", recipe.label.encoder or ""]
+    if makes_groups and recipe.llm.endpoint is None:
+        models.append(recipe.llm.model)
+    found = {
+        "dense": recipe.mine.encoder is not None or recipe.label.encoder is not None,
+        "gguf": any(model.endswith(".gguf") for model in models),
+        "peft": recipe.train.lora.r > 0,
+        "quickstart": any(model.startswith("package:") for model in models),
+    }
+    return tuple(extra for extra, needed in found.items() if needed)
 
 
 def _named(run: Run) -> Iterator[tuple[str, str]]:
@@ -141,7 +156,8 @@ def _files_of(run: Run, key: str, name: str, found: Path) -> dict[str, Path]:
     """Return the files that go up for a file or folder, by their names among the inputs.
 
     Raises:
-        ConfigError: The folder is the home folder or one around it, holds the run folder, or has hidden files.
+        ConfigError: The folder is empty, is the home folder or one around it, or holds the run folder, the recipe or
+            hidden files.
     """
     if found.is_file():
         files = {name: found}
@@ -159,11 +175,14 @@ def _files_of(run: Run, key: str, name: str, found: Path) -> dict[str, Path]:
             )
     inner = {path.relative_to(found).as_posix(): path for path in sorted(found.rglob("*")) if path.is_file()}
     hidden = [inner_name for inner_name in inner if any(part.startswith(".") for part in inner_name.split("/"))]
-    if NAMING.get(key) == "model":  # such as the .cache that a download leaves beside a model
+    # Such as the .cache that a download leaves beside a model, or reading beside an artifact, which go by their files.
+    if NAMING.get(key) == "model" or (found / MANIFEST).is_file():
         inner = {inner_name: path for inner_name, path in inner.items() if inner_name not in hidden}
     elif hidden := [inner_name for inner_name in hidden if PurePosixPath(inner_name).name not in _HARMLESS]:
         raise ConfigError(
             f"{key} names the folder {found}, which holds hidden files, such as {hidden[0]}: they may be private: move "
             "them away, or name a folder without any"
         )
+    if not inner:
+        raise ConfigError(f"{key} names the folder {found}, which holds no files")
     return {f"{name}/{inner_name}": path for inner_name, path in inner.items()}

@@ -17,7 +17,7 @@ from helpers.hub_server import Blob, Repo
 from helpers.jobs_server import ENDED, JobsServer
 from helpers.paths import ROOT
 from lce_trainer.artifacts import read_manifest, write_manifest
-from lce_trainer.errors import ArtifactError, JobError
+from lce_trainer.errors import JobError
 from lce_trainer.hub.jobs import EXTRAS, JobSettings, Submission, build_wheel, job_command, run_remotely, visible_files
 
 REPO = "user/runs"
@@ -43,13 +43,13 @@ for part in ("queries", "groups"):
         (run / "tried").write_text("")
         print("error: the LLM is down", flush=True)
         sys.exit(2)
+    while f"hang={part}" in sys.argv:
+        time.sleep(0.05)
     (folder / "train.parquet").write_bytes(part.encode() * 1000)
     (folder / ".cache").mkdir(exist_ok=True)
     (folder / ".cache" / "data.arrow").write_bytes(b"cache")
     write_manifest(folder, ["train.parquet"], kind=part, config={}, inputs={}, counts={})
     print("made", part, flush=True)
-    while f"wait={part}" in sys.argv:
-        time.sleep(0.05)
     if f"leak={part}" in sys.argv:
         (run / "leak.txt").write_text(os.environ["MY_KEY"])
 """
@@ -107,54 +107,52 @@ def run(hub: JobsServer, folder: Path, *overrides: str, **settings) -> list[str]
     return [*lines, said]
 
 
-def test_a_run_goes_up_runs_and_comes_back_and_is_not_paid_for_twice(hub, folder, caplog):
-    printed = run(hub, folder, package=None)
-    assert printed[0] == "arguments run recipe.yaml run_dir=../run"
-    assert printed[1:4] == ["my key is [MY_KEY]", "made queries", "made groups"]
-    assert "6 files came back" in printed[-1]
-    assert visible_files(folder / "run").keys() == {
-        f"{part}/{name}"
-        for part in ("queries", "groups")
-        for name in ("manifest.json", "train.parquet", "journal.jsonl")
-    }
+def test_a_job_fails_in_one_line_goes_on_from_what_it_had_finished_and_is_not_paid_for_again(hub, folder, caplog):
+    with pytest.raises(JobError) as failed:
+        run(hub, folder, "die=groups", "leak=groups", package=None)
+    assert "ended as ERROR (Job failed with exit code: 2; error: the LLM is down)" in str(failed.value)
+    assert hub.url in str(failed.value) and "\n" not in str(failed.value)
+    assert read_manifest(folder / "run" / "queries")
+
+    printed = run(hub, folder, "die=groups", "leak=groups", package=None)
+    assert printed[:2] == ["arguments run recipe.yaml die=groups leak=groups run_dir=../run", "my key is [MY_KEY]"]
+    assert printed[2:4] == ["queries already made", "made groups"]
+    assert printed[4:] == [
+        "error: leak.txt holds the value of MY_KEY, and is not sent",
+        f"{folder / 'run'} is that of user/runs: 3 files came back",
+    ]
+    assert (folder / "run" / "groups" / "journal.jsonl").read_text() == "paid for\npaid for\n"
+    made = {f"{part}/{name}" for part in ("queries", "groups") for name in ("manifest.json", "train.parquet")}
+    made |= {"queries/journal.jsonl", "groups/journal.jsonl", "tried"}
+    assert visible_files(folder / "run").keys() == made
     assert read_manifest(folder / "run" / "groups", "groups")
     assert hub.repos["dataset", REPO].private
     there = hub.files("dataset", REPO)
     assert there["inputs/docs.jsonl"] == (folder / "docs.jsonl").read_bytes()
-    assert not [name for name in there if ".cache" in name]
-    (job,) = hub.jobs
+    assert {name[4:] for name in there if name.startswith("run/")} == made
+    _, job = hub.jobs
     assert job.spec["secrets"] == {"HF_TOKEN": TOKEN, "MY_KEY": SECRET} and job.spec["timeoutSeconds"] == 6 * 3600
     assert job.spec["command"] == job_command(REPO, submission(folder, package=None))
-    assert "nothing had changed" in run(hub, folder, package=None)[-1] and len(hub.jobs) == 1  # finished already
+    again = run(hub, folder, "die=groups", "leak=groups", package=None)
+    assert "nothing had changed" in again[-1] and len(hub.jobs) == 2  # it is finished
 
     # Secrets are in no byte of the repo, past commits included, of the run folder, of logs and messages.
     kept = [blob.content for _, _, files in hub.repos["dataset", REPO].commits for blob in files.values()]
     kept += [*hub.large.values(), *(path.read_bytes() for path in folder.rglob("*") if path.is_file())]
-    kept += [line.encode() for line in (*job.lines, *printed, caplog.text, json.dumps(job.shown()))]
+    kept += [line.encode() for line in (*job.lines, *printed, str(failed.value), caplog.text, json.dumps(job.shown()))]
     assert len(kept) > 20
     assert not [content for content in kept if SECRET.encode() in content or TOKEN.encode() in content]
 
 
-def test_a_failed_job_is_one_line_and_the_same_command_goes_on_from_what_it_had_finished(hub, folder):
-    with pytest.raises(JobError) as failed:
-        run(hub, folder, "die=groups")
-    assert "ended as ERROR (Job failed with exit code: 2; error: the LLM is down)" in str(failed.value)
-    assert hub.url in str(failed.value) and "\n" not in str(failed.value)
-    assert read_manifest(folder / "run" / "queries")
-    printed = run(hub, folder, "die=groups")
-    assert "queries already made" in printed and "made groups" in printed and len(hub.jobs) == 2
-    assert (folder / "run" / "groups" / "journal.jsonl").read_text() == "paid for\npaid for\n"
-
-
 def test_the_second_command_goes_on_with_the_running_job(hub, folder, caplog):
-    """Which was interrupted after its first stage; that is on the Hub before the job ends."""
+    """What that has made, and what the LLM has answered, is on the Hub before it ends."""
     lines: list[str] = []
 
     def interrupt(line: str) -> None:
         if line == "made queries":
             raise KeyboardInterrupt
 
-    waiting = submission(folder, "wait=queries")
+    waiting = submission(folder, "hang=groups")
     with pytest.raises(KeyboardInterrupt):
         run_remotely(waiting, interrupt, token=TOKEN, endpoint=hub.url)
     (job,) = hub.jobs
@@ -163,12 +161,30 @@ def test_the_second_command_goes_on_with_the_running_job(hub, folder, caplog):
     )
     with pytest.raises(JobError, match=f"the job {job.id} works in user/runs with another recipe"):
         run(hub, folder)
-    wait_for(lambda: "run/queries/manifest.json" in hub.files("dataset", REPO))
+    wait_for(lambda: {"run/queries/manifest.json", "run/groups/journal.jsonl"} <= hub.files("dataset", REPO).keys())
     threading.Timer(0.3, job.process.send_signal, (signal.SIGTERM,)).start()  # the machine is needed elsewhere
     with pytest.raises(JobError, match="exit code: 143"):
         run_remotely(waiting, lines.append, token=TOKEN, endpoint=hub.url)
     assert len(hub.jobs) == 1 and "made queries" in lines
     assert read_manifest(folder / "run" / "queries")
+    assert (folder / "run" / "groups" / "journal.jsonl").read_text() == "paid for\n"
+
+
+def test_a_job_whose_answer_or_whose_state_is_lost_is_found_again(hub, folder):
+    shell(hub, "echo started; while [ ! -e go ]; do sleep 0.02; done")
+    hub.lose_answer = "/api/jobs/user"
+    with pytest.raises(JobError, match="user/runs: the Hub cannot be reached"):
+        run(hub, folder)
+    hub.lose_answer = None
+    (job,) = hub.jobs
+    hub.failures = {f"GET /api/jobs/user/{job.id}": 503}
+
+    def go(line: str) -> None:
+        (job.folder / "go").touch()
+
+    with pytest.raises(JobError, match=rf"run again later; the job {job.id} may go on: run the same command again"):
+        run_remotely(submission(folder), go, token=TOKEN, endpoint=hub.url)
+    assert len(hub.jobs) == 1
 
 
 def wait_for(happened) -> None:
@@ -217,7 +233,7 @@ def test_what_comes_back_damaged_replaces_nothing(hub, folder):
     run(hub, folder)
     repo = hub.repos["dataset", REPO]
     repo.commit("bits that fell over", {**repo.commits[-1][2], "run/queries/train.parquet": Blob(b"mIne", True)})
-    with pytest.raises(ArtifactError, match=r"is damaged"):
+    with pytest.raises(JobError, match=r"user/runs: .*run/queries/train.parquet is damaged .*: delete run/queries and"):
         run(hub, folder)
     assert (folder / "run" / "queries" / "train.parquet").read_bytes() == b"mine"
 

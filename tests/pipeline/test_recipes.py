@@ -133,6 +133,26 @@ def test_two_processes_train_as_one_with_twice_the_batch(finished, tmp_path):
         assert "Warning" not in printed
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_torchrun_trains_as_one_process_too(finished, tmp_path):
+    for name, processes in (("one", 1), ("two", 2)):
+        root = finished.copy(tmp_path / name, "passages", "queries", "candidates", "groups")
+        chosen = settings(finished, root, processes)
+        if processes == 1:
+            finish(start(CONFIGS / "cpu.yaml", *chosen))
+            continue
+        launch = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", free_port()]
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *launch, str(RECIPES / "train_reranker.py"), *chosen],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(*(load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")), 1e-5)
+
+
 def on_cpu(name: str, folder: Path) -> Path:
     """A shipped config for two processes on the CPU, and otherwise as it is."""
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())

@@ -28,10 +28,12 @@ def folder(tmp_path, monkeypatch) -> Path:
     for name in ("mine/docs.jsonl", "mine/dev.jsonl", "mine/asks.jinja", "mine/asks.chat.jinja", "mine/terms/a.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(name)
-    for name in ("models/llm/config.json", "models/llm/.cache/lock", "extra.csv"):
+    groups = ("runs/first/groups/manifest.json", "runs/first/groups/.cache/data.arrow")
+    for name in ("models/llm/config.json", "models/llm/.cache/lock", "extra.csv", *groups):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "mine" / "recipe.yaml").write_text("corpus: {source: docs.jsonl}\n")
+    (tmp_path / "empty").mkdir()
     return tmp_path
 
 
@@ -46,17 +48,26 @@ def test_files_keep_the_names_that_the_recipe_has_for_them(folder):
         "generate.prompt=asks.jinja",
         "evaluate.benchmark=[nano_beir, terms]",
         "llm.model=models/llm",
+        "train.groups=runs/first/groups",
         "mine.encoder=user/encoder",
         "label.reranker=package:name/folder",
         include=("extra.csv",),
     )
     mine = ("docs.jsonl", "dev.jsonl", "asks.jinja", "asks.chat.jinja", "recipe.yaml", "terms/a.md")
     wanted = {name: Path("mine") / name for name in mine}
-    wanted |= {"models/llm/config.json": Path("models/llm/config.json"), "extra.csv": Path("extra.csv")}
+    wanted |= {name: Path(name) for name in ("models/llm/config.json", "extra.csv", "runs/first/groups/manifest.json")}
     assert found.files == wanted
     text = found.describe()
     assert "inputs/terms  (1 files, evaluate.benchmark)" in text and "inputs/models/llm  (1 files, llm.model)" in text
     assert "inputs/extra.csv  (--include)" in text and "inputs/asks.chat.jinja  (generate.prompt)" in text
+
+
+def test_a_job_installs_what_the_recipe_needs(folder):
+    (folder / "mine" / "asks.gguf").touch()
+    assert prepare("train.model=user/model", "llm.endpoint=https://llm.example").extras == ()
+    assert prepare("train.model=user/model", "train.groups=user/groups").extras == ()
+    assert prepare("train.lora.r=8", "mine.encoder=user/encoder").extras == ("dense", "peft", "quickstart")
+    assert prepare("train.model=user/model", "llm.model=mine/asks.gguf").extras == ("gguf",)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +81,7 @@ def test_files_keep_the_names_that_the_recipe_has_for_them(folder):
         (["train.model=./gone"], "train.model names ./gone, and there is no such file"),
         (["corpus.source=mine"], "corpus.source names the folder mine, which holds the recipe"),
         (["corpus.source=models"], r"which holds hidden files, such as llm/.cache/lock: they may be private"),
+        (["corpus.source=empty"], "corpus.source names the folder empty, which holds no files"),
         (["run_dir=mine/terms/run", "corpus.source=mine/terms"], "the folder mine/terms, which holds the run folder"),
         (["evaluate.queries=mine/dev.jsonl", "corpus.source=mine/none.csv"], "there is no such file"),
         (["llm.endpoint=http://localhost:8080"], "http://localhost:8080 is a server on this machine"),
@@ -120,7 +132,10 @@ def test_the_command_says_what_it_would_submit_and_what_its_flags_need(folder, c
     assert "--on hf-jobs needs --flavor" in capsys.readouterr().err
     assert main([*run, "--run-repo", "user/runs"]) == 2
     assert "--run-repo is for a run on another machine: add --on hf-jobs" in capsys.readouterr().err
-    assert not (folder / "runs").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert main([*run, *job, "--flavor", "a10g-small"]) == 2
+    assert "start the command without accelerate launch or torchrun" in capsys.readouterr().err
+    assert not (folder / "runs" / "recipe").exists()
 
 
 @pytest.mark.slow
