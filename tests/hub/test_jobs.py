@@ -306,7 +306,8 @@ def test_a_dry_run_lists_command_machine_names_and_sizes_and_contacts_nobody(hub
     assert f"run/  (2 files of {folder / 'run'}" in text
     assert "package/lce_trainer-" in text and "exec python3 -m lce_trainer.hub.jobs user/runs" in text
     other = submission(folder, package="lce-trainer[dense]==0.2.0").describe()
-    assert "--disable-pip-version-check '\"'\"'lce-trainer[dense]==0.2.0'" in other and "package/" not in other
+    assert "\n  python3 -m pip install --quiet --disable-pip-version-check 'lce-trainer[dense]==0.2.0' && \n" in other
+    assert "package/" not in other
     assert "private dataset YOU/lce-trainer-run" in submission(folder, run_repo=None).describe()
 
 

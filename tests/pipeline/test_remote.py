@@ -58,7 +58,7 @@ def test_files_keep_the_names_that_the_recipe_has_for_them(folder):
     wanted |= {name: Path(name) for name in ("models/llm/config.json", "extra.csv", "runs/first/groups/manifest.json")}
     assert found.files == wanted
     text = found.describe()
-    assert "inputs/terms  (1 files, evaluate.benchmark)" in text and "inputs/models/llm  (1 files, llm.model)" in text
+    assert "inputs/terms  (1 file, evaluate.benchmark)" in text and "inputs/models/llm  (1 file, llm.model)" in text
     assert "inputs/extra.csv  (--include)" in text and "inputs/asks.chat.jinja  (generate.prompt)" in text
 
 
