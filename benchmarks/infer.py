@@ -8,11 +8,12 @@ they are not. A ratio is the median over rounds of the ratio of two systems' sec
 
 bf16 is bfloat16 weights. FlagEmbedding has float16 only, on GPUs, so it has no figure for bf16. On a CPU,
 ``torch.compile``, ONNX Runtime and OpenVINO (where they are installed) run the stock model on our batches, padded: in
-float32, OpenVINO in bfloat16 too, and both in int8, ONNX Runtime's rounded as it goes and OpenVINO's calibrated on 100
-other pairs. Files are loaded as ``lce-trainer export`` writes them; sentence-transformers' own backends for both run
-the same engines, and need ``optimum``, which has no release for transformers 5. int8 scores are other scores: how far
-they are from those in float32 is printed, and what that costs in ranking is not measured here. On a GPU
-``torch.compile`` runs ours, packed. None of these is in the short form.
+float32, OpenVINO in bfloat16 too, which ``Reranker`` does not offer, and both in int8, ONNX Runtime's rounded as it
+goes and OpenVINO's calibrated on 100 other pairs. Their files are those of ``lce-trainer export``, and ``Reranker``
+loads them; sentence-transformers' own backends for both run the same engines, and need ``optimum``, which has no
+release for transformers 5. int8 scores are other scores: how far they are from those in float32 is printed, and what
+that costs in ranking is not measured here. On a GPU ``torch.compile`` runs ours, packed. None of these is in the short
+form.
 """
 
 import shutil
@@ -31,12 +32,13 @@ from torch import Tensor
 from benchmarks.data import add_options, medquad_groups, prepare_checkpoint
 from benchmarks.measure import PRECISIONS, arguments, device, median_ratio, save, seconds_of, spread
 from lce_trainer import Reranker
-from lce_trainer.model.export import export_onnx
+from lce_trainer.model.export import export_reranker
+from lce_trainer.model.exported import FILES, INT8, RUNTIMES
+from lce_trainer.model.openvino import open_openvino
 from lce_trainer.model.pairs import pad_pairs
 from lce_trainer.model.scoring import scoring_batches
 
 OURS = "lce_trainer"
-INT8 = "int8"
 CALIBRATED = 100  # pairs, none of which is timed
 ROUNDING = {"fp32": 1e-4, "bf16": 0.05}  # of the largest score, or of 1 if that is less
 
@@ -88,8 +90,7 @@ def systems(
         model = torch.compile(padded.model, dynamic=True)
         logits = over_batches(padded, lambda batch: model(**batch).logits)
         found["torch.compile, padded"] = System(logits, tokens, "tokens")
-    onnx = all(map(find_spec, ("onnx", "onnxruntime", "onnxscript")))
-    if runtimes and onnx and device().type == "cpu":
+    if runtimes and device().type == "cpu":
         for name, score in exported(checkpoint, max_length, calibration).items():
             found[name] = System(score, tokens, "tokens")
     if find_spec("sentence_transformers"):
@@ -133,52 +134,29 @@ def over_batches(reranker: Reranker, logits: Callable[[dict[str, Tensor]], Tenso
 
 
 def exported(checkpoint: Path, max_length: int, calibration: Pairs) -> dict[str, Score]:
-    """The checkpoint as ONNX and OpenVINO files, on as many threads as torch has, fed by our batches of texts."""
-    folder = checkpoint.parent / "exported"
-    if not folder.exists():  # one file serves all precisions
-        export_onnx(str(checkpoint), folder, int8=True)
-    onnx = {
-        name: Reranker.from_pretrained(folder, backend=backend, max_length=max_length)
-        for name, backend in (("ONNX Runtime", "onnx"), (f"ONNX Runtime, {INT8}", "onnx-int8"))
-    }
-    found: dict[str, Score] = {name: scored_by(reranker) for name, reranker in onnx.items()}
-    if find_spec("openvino") and find_spec("nncf"):
-        for name, logits in openvino_models(folder / "onnx" / "model.onnx", onnx["ONNX Runtime"], calibration).items():
-            found[name] = over_batches(onnx["ONNX Runtime"], logits)
+    """The checkpoint in the files of each runtime that is installed, on as many threads as torch has."""
+    found: dict[str, Score] = {}
+    for to, runtime in RUNTIMES.items():
+        if not all(map(find_spec, (runtime.package, *runtime.writers))):
+            continue
+        folder = checkpoint.parent / to
+        if not folder.exists():  # one file serves all precisions
+            export_reranker(str(checkpoint), to, folder, int8=True, sample=calibration or None)
+        for backend in (to, f"{to}{INT8}"):
+            reranker = Reranker.from_pretrained(folder, backend=backend, max_length=max_length)
+            found[f"{runtime.name}, int8" if backend.endswith(INT8) else runtime.name] = scored_by(reranker)
+        if to == "openvino":
+            inputs, _, run = open_openvino(folder / FILES[to], "bf16")
+
+            def logits(batch: dict[str, Tensor], inputs: Any = inputs, run: Any = run) -> Tensor:
+                return torch.from_numpy(run({name: batch[name].numpy() for name in inputs}))
+
+            found[f"{runtime.name}, bfloat16"] = over_batches(reranker, logits)
     return found
 
 
 def scored_by(reranker: Reranker) -> Score:
     return lambda given, size: reranker.score(given, batch_tokens=size)
-
-
-def openvino_models(file: Path, reranker: Reranker, calibration: Pairs) -> dict[str, Callable[..., Tensor]]:
-    """OpenVINO on an ONNX file: float32, bfloat16 where that is what it chooses, and int8 as NNCF calibrates it."""
-    import nncf
-    import openvino
-
-    core = openvino.Core()
-    model = core.read_model(file)
-    names = [one.get_any_name() for one in model.inputs]
-
-    def encoded(pair: tuple[str, str]) -> dict[str, np.ndarray]:
-        (_, pairs), *_ = scoring_batches(reranker.tokenizer, [pair], reranker.max_length, 1 << 20)
-        batch = pad_pairs(reranker.tokenizer, pairs)
-        return {name: batch[name].numpy() for name in names}
-
-    sample = nncf.Dataset(list(calibration), encoded)
-    int8 = nncf.quantize(model, sample, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration))
-
-    def compiled(model: Any, precision: str) -> Callable[..., Tensor]:
-        settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision}
-        run = core.compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY", **settings})
-        return lambda batch: torch.from_numpy(run({name: batch[name].numpy() for name in names})[0].copy())
-
-    return {
-        "OpenVINO": compiled(core.read_model(file), "f32"),
-        "OpenVINO, bfloat16": compiled(core.read_model(file), "bf16"),
-        f"OpenVINO, {INT8}": compiled(int8, "f32"),
-    }
 
 
 def choose_sizes(found: dict[str, System], pairs: Pairs) -> None:
@@ -213,7 +191,7 @@ def race(found: dict[str, System], rounds: Sequence[Pairs], precision: str) -> d
         for name in names:
             worst = float(np.abs(scores[name] - scores[OURS]).max())
             found[name].difference = max(found[name].difference, worst)
-            if worst > largest * ROUNDING["bf16" if "bfloat16" in name else precision] and INT8 not in name:
+            if worst > largest * ROUNDING["bf16" if "bfloat16" in name else precision] and "int8" not in name:
                 raise SystemExit(f"{name}, {precision}: a score differs by {worst:.1e} from ours: not the same work")
     return seconds
 
@@ -230,7 +208,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rounds = args.rounds or (3 if args.short else 9)
     args.queries = args.queries or ([1] if args.short else [1, 4])
-    calls = max(args.queries) * (rounds + 1)
     calls = max(args.queries) * (rounds + 1)
     groups = medquad_groups(args.data, queries=calls + -(-CALIBRATED // args.candidates), size=args.candidates)
     every = [(row["query"], text) for row in groups for text in row["passages"]]
@@ -270,7 +247,7 @@ def show(what: str, rows: dict[str, Any], found: dict[str, System]) -> None:
     for name, row in rows.items():
         speed = row["pairs_per_second"]
         quartiles = f"{speed['q25']:.1f} to {speed['q75']:.1f}"
-        apart = f"  a score differs by up to {row['difference']:.2f}" if INT8 in name else ""
+        apart = f"  a score differs by up to {row['difference']:.2f}" if "int8" in name else ""
         size = f"{row['batch_size']} {found[name].unit}"
         print(f"{name:41s} {speed['median']:8.1f} {quartiles:>17s}  {size}{apart}", flush=True)
 

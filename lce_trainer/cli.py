@@ -57,17 +57,18 @@ A modular CrossEncoder of sentence-transformers, such as Ettin's, becomes the Au
 computes the same scores; adapters are merged into their base. What cannot be converted exactly is refused.
 """
 _EXPORT_EPILOG = """\
-The file is onnx/model.onnx beside config.json and the tokenizer: in the model's own folder, or in that of --output. It
-is compared with the model on drawn pairs, and is not left there if a score differs by 1e-4 or more.
+The file is onnx/model.onnx or openvino/openvino_model.xml beside config.json and the tokenizer: in the model's own
+folder, or in that of --output. It is compared with the model on drawn pairs, and is not left there if a score differs
+by 1e-4 or more.
 
 examples:
-  lce-trainer export runs/quickstart/model --to onnx --int8
+  lce-trainer export runs/quickstart/model --to openvino --int8
   lce-trainer export you/reranker --to onnx --output onnx-model --recipe recipe.yaml
 """
 _CHECK_EPILOG = """\
-transformers, sentence-transformers and ONNX Runtime, where they are installed, load the model and score drawn pairs,
-which are compared with lce_trainer's own scores. text-embeddings-inference, vLLM and llama.cpp are not run: what they
-read of a checkpoint is known by rules.
+transformers, sentence-transformers, ONNX Runtime and OpenVINO, where they are installed, load the model and score drawn
+pairs, which are compared with lce_trainer's own scores. text-embeddings-inference, vLLM and llama.cpp are not run: what
+they read of a checkpoint is known by rules.
 
 examples:
   lce-trainer check runs/quickstart/model
@@ -253,14 +254,22 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("folder", type=Path, help="the folder to write, new or empty")
     check = add("check", "try what loads a model, and whether it then scores the same", _CHECK_EPILOG)
     check.add_argument("model", help="Hub id or folder of a reranker")
-    export = add("export", "write a reranker for ONNX Runtime, and measure what that changes", _EXPORT_EPILOG)
+    export = add(
+        "export", "write a reranker for ONNX Runtime or OpenVINO, and measure what that changes", _EXPORT_EPILOG
+    )
     export.add_argument("model", help="a Hub id or folder of a reranker")
-    export.add_argument("--to", choices=["onnx"], required=True, help="the format to write")
-    export.add_argument("--int8", action="store_true", help="write an int8 form besides, with dynamic quantization")
+    export.add_argument("--to", choices=["onnx", "openvino"], required=True, help="the format to write")
+    export.add_argument(
+        "--int8", action="store_true", help="write an int8 form besides: dynamic for ONNX, calibrated for OpenVINO"
+    )
     export.add_argument(
         "--output", type=Path, metavar="DIR", help="the folder to write, new or empty (the model's own)"
     )
-    export.add_argument("--recipe", type=Path, help="compare the rankings on this recipe's evaluate.dev_queries too")
+    export.add_argument(
+        "--recipe",
+        type=Path,
+        help="compare the rankings on this recipe's evaluate.dev_queries too, and calibrate int8 on its groups",
+    )
     calibrate = add("calibrate", "make probabilities of a reranker's scores, by labelled pairs", _CALIBRATE_EPILOG)
     calibrate.add_argument("model", help="a folder or Hub id, or a recipe (.yaml) whose model is calibrated")
     calibrate.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
@@ -492,24 +501,27 @@ def _check(name: str) -> str:
 
 def _export(arguments: argparse.Namespace) -> str:
     """Write a reranker for another runtime and return what that changes."""
-    from lce_trainer.model.export import describe_export, export_onnx
+    from lce_trainer.model.export import describe_export, export_reranker
 
+    name, to, output, int8 = arguments.model, arguments.to, arguments.output, arguments.int8
     if arguments.recipe is None:
-        folder, exported = export_onnx(arguments.model, arguments.output, int8=arguments.int8)
-        return f"Wrote {folder / 'onnx'}.\n\n{describe_export(exported)}"
+        folder, exported = export_reranker(name, to, output, int8=int8)
+        return f"Wrote {folder / to}.\n\n{describe_export(exported)}"
     from lce_trainer.artifacts import writing
     from lce_trainer.evaluation.report import table
     from lce_trainer.pipeline.evaluate import compare_on_dev, dev_queries_of
+    from lce_trainer.pipeline.report import sample_pairs
     from lce_trainer.pipeline.run import open_run
     from lce_trainer.pipeline.stages import read_corpus
 
     run = open_run(arguments.recipe)
     dev_queries_of(run)
-    folder, exported = export_onnx(arguments.model, arguments.output, int8=arguments.int8)
     with writing(run.root), run.held():
         read_corpus(run)
-        compared = compare_on_dev(run, {name: one.reranker for name, one in exported.items()})
-    return f"Wrote {folder / 'onnx'}.\n\n{describe_export(exported)}\n\nOn the dev queries:\n{table(compared)}"
+        sample, what = sample_pairs(run) if int8 and to == "openvino" else (None, "")
+        folder, exported = export_reranker(name, to, output, int8=int8, sample=sample)
+        compared = compare_on_dev(run, {backend: one.reranker for backend, one in exported.items()})
+    return f"Wrote {folder / to}.\n\n{describe_export(exported, what)}\n\nOn the dev queries:\n{table(compared)}"
 
 
 def _of_model_or_recipe(

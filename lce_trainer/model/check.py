@@ -3,14 +3,9 @@
 Loaders that are installed are tried on pairs of drawn tokens; of servers that are not, rules say what they read.
 """
 
-import logging
-import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,16 +15,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lce_trainer.compat import find_file
 from lce_trainer.model.crossencoder import read_json
-from lce_trainer.model.export import draw_pairs
+from lce_trainer.model.export import draw_pairs, quietly
+from lce_trainer.model.exported import FILES, INT8, runtime_of
 from lce_trainer.model.families import family_of
-from lce_trainer.model.onnx import FILES
 from lce_trainer.model.reranker import Reranker
 from lce_trainer.model.template import pair_template
 from lce_trainer.model.yes_no import is_language_model
 from lce_trainer.names import resolve_model
 
 SAME, OTHER, FAILS, EXPECTED, UNKNOWN = "same scores", "other scores", "does not load", "should load", "not tried"
-_TOLERANCE = {"onnx": 1e-4}
+_TOLERANCE = {"onnx": 1e-4, "openvino": 1e-4}
 _EXACT = 1e-5
 _MOST_TOKENS = 128
 
@@ -93,11 +88,12 @@ def check_model(name: str) -> list[Loader]:
         _tried("sentence-transformers, CrossEncoder", found, _by_cross_encoder, "sentence_transformers"),
     ]
     for backend, file in FILES.items():
+        runtime = runtime_of(backend)
         if found.holds(file):
-            loaders.append(_tried(f"ONNX Runtime, {file}", found, _by_onnx(backend), "onnxruntime", backend))
-        elif backend == "onnx":
-            detail = f"there is no {file}: lce-trainer export {name} --to onnx writes it"
-            loaders.append(Loader("ONNX Runtime", UNKNOWN, detail))
+            loaders.append(_tried(f"{runtime.name}, {file}", found, _by_backend(backend), runtime.package, backend))
+        elif not backend.endswith(INT8):
+            detail = f"there is no {file}: lce-trainer export {name} --to {backend} writes it"
+            loaders.append(Loader(runtime.name, UNKNOWN, detail))
     return [*loaders, _tei(found), _vllm(found), _gguf(found)]
 
 
@@ -119,7 +115,7 @@ def _tried(
     if package is not None and find_spec(package) is None:
         return Loader(name, UNKNOWN, f"{package} is not installed")
     try:
-        with _quiet():
+        with quietly():
             scores = np.asarray(score(found), dtype=np.float64).reshape(-1)
     except _FailsError as error:
         return Loader(name, FAILS, str(error))
@@ -135,24 +131,9 @@ def _tried(
     if float(np.abs(scores - 1 / (1 + np.exp(-wanted))).max()) <= _EXACT:
         what = 'the sigmoid of the score, in the same order; pass function_to_apply="none" for the score itself'
         return Loader(name, OTHER, what if score is _by_pipeline else "the sigmoid of the score, in the same order")
-    if backend == "onnx-int8":
+    if backend.endswith(INT8):
         return Loader(name, OTHER, f"largest difference {apart:.1e}, which is what int8 rounds")
     return Loader(name, OTHER, f"largest difference {apart:.1e}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what a loader prints and warns of off the terminal: the outcome says it."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
-    try:
-        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        transformers.logging.set_verbosity(level)
 
 
 def _load_classifier(found: _Checkpoint) -> Any:
@@ -195,7 +176,7 @@ def _by_cross_encoder(found: _Checkpoint) -> np.ndarray:
     return np.asarray(model.predict(list(found.pairs), show_progress_bar=False))
 
 
-def _by_onnx(backend: Any) -> Callable[[_Checkpoint], np.ndarray]:
+def _by_backend(backend: Any) -> Callable[[_Checkpoint], np.ndarray]:
     def score(found: _Checkpoint) -> np.ndarray:
         return Reranker.from_pretrained(found.name, backend=backend).score(list(found.pairs))
 

@@ -83,7 +83,7 @@ class Reranker:
         yes_no: bool | None = None,
         packing: Literal["auto", "none"] = "auto",
         special_tokens_in_texts: bool | None = None,
-        backend: Literal["torch", "onnx", "onnx-int8"] = "torch",
+        backend: Literal["torch", "onnx", "onnx-int8", "openvino", "openvino-int8"] = "torch",
     ) -> "Reranker":
         """Load a reranker.
 
@@ -99,18 +99,19 @@ class Reranker:
             special_tokens_in_texts: With False ``[SEP]``, ``<pad>`` and the like are text where they stand in a query
                 or passage, so that no author of a passage can use them; with True they keep their meaning. If None, as
                 the model was trained, and False where its checkpoint does not say.
-            backend: With onnx and onnx-int8 ONNX Runtime scores on the CPU, with the file that ``lce-trainer export``
-                has written; pairs are padded then, and device, dtype and yes_no are not chosen.
+            backend: With onnx and onnx-int8 ONNX Runtime scores on the CPU, and with openvino and openvino-int8
+                OpenVINO, with the file that ``lce-trainer export`` has written; pairs are padded then, and device,
+                dtype and yes_no are not chosen.
 
         Raises:
             TrainingError: There is no such model, its checkpoint lacks weights or a tokenizer, or it is not a reranker
                 with one label.
             ConfigError: The package of a ``package:`` name is missing, there is no such device, dtype or backend, or
-                ONNX Runtime is not installed.
+                what the backend needs is not installed.
         """
         if backend != "torch":
             texts = special_tokens_in_texts
-            return cls._from_onnx(name, backend, max_length, texts, device=device, dtype=dtype, yes_no=yes_no)
+            return cls._from_exported(name, backend, max_length, texts, device=device, dtype=dtype, yes_no=yes_no)
         place = _resolve_device(device)
         if not isinstance(dtype, torch.dtype) and dtype not in (None, "auto", *DTYPES):
             raise ConfigError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -124,10 +125,10 @@ class Reranker:
         )
 
     @classmethod
-    def _from_onnx(
+    def _from_exported(
         cls, name: str | Path, backend: str, max_length: int | None, special_tokens_in_texts: bool | None, **chosen: Any
     ) -> "Reranker":
-        from lce_trainer.model.onnx import FILES, load_onnx  # which needs packages of an extra
+        from lce_trainer.model.exported import FILES, load_exported
 
         if backend not in FILES:
             raise ConfigError(f"backend must be one of torch, {', '.join(FILES)}, not {backend!r}")
@@ -138,7 +139,7 @@ class Reranker:
                 f"{key}={str(value)!r} cannot be chosen with backend={backend!r}, whose file scores on a CPU"
             )
         return cls(
-            load_onnx(name, backend),
+            load_exported(name, backend),
             load_tokenizer(name),
             max_length=max_length,
             packing="none",
@@ -149,10 +150,12 @@ class Reranker:
         """Write a plain checkpoint; adapters that were loaded are part of it.
 
         Raises:
-            TrainingError: The backend is ONNX, whose file is no checkpoint.
+            TrainingError: The backend is not torch, and its file is no checkpoint.
         """
         if not hasattr(self.model, "save_pretrained"):
-            raise TrainingError("an ONNX file cannot be saved as a checkpoint: copy its folder, or load it with torch")
+            raise TrainingError(
+                "an exported file cannot be saved as a checkpoint: copy its folder, or load the model with torch"
+            )
         save_reranker(self.model, self.tokenizer, self.max_length, Path(folder))
 
     def score(

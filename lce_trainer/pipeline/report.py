@@ -23,6 +23,7 @@ from lce_trainer.pipeline.evaluate import (
     FUSED,
     RERANKER,
     comparisons,
+    dev_groups,
     judged_system,
     public_names,
     query_table,
@@ -51,6 +52,8 @@ _STAGES = {
 _SECRET = re.compile(r"(^|_)(token|secret|password|api_key)$")
 _EXAMPLES = 3  # groups
 _NEGATIVES = 5  # of a group that are shown
+_SAMPLED_QUERIES = 60  # that a model is quantized for
+_SAMPLED_PASSAGES = 3  # of each
 
 
 def write_report(run: Run) -> Path | None:
@@ -152,6 +155,27 @@ def sample_groups(run: Run, count: int) -> list[dict[str, Any]]:
         table = load_groups(str(run.find(given)) if run.find(given).exists() else given)
     order = np.random.default_rng(run.recipe.seed).permutation(len(table))
     return [_group(row) for row in table.select(np.sort(order[:count]))]
+
+
+def sample_pairs(run: Run) -> tuple[list[tuple[str, str]], str]:
+    """Return queries with candidates, some hundred, that a model is quantized for; their labels play no part.
+
+    They are of the groups of the run, so that none is a dev query that rankings are measured on; or, where it has no
+    groups, the dev queries with what the first stage brings.
+
+    Returns:
+        The pairs, and what they are, in words.
+    """
+    if run.recipe.train.groups is None and not (run.root / "groups" / MANIFEST).is_file():
+        rows = dev_groups(run, _SAMPLED_PASSAGES, _SAMPLED_QUERIES)
+        pairs = [(row["query"], passage) for row in rows for passage in row["passages"]]
+        return pairs, f"{len(pairs)} pairs of dev queries"
+    pairs = [
+        (group["query"], passage)
+        for group in sample_groups(run, _SAMPLED_QUERIES)
+        for passage, _, _ in (group["positives"][:1] + group["negatives"])[:_SAMPLED_PASSAGES]
+    ]
+    return pairs, f"{len(pairs)} pairs of the groups"
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]], width: int) -> str:

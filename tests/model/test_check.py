@@ -15,7 +15,7 @@ from helpers.modular import save_modular
 from helpers.tiny_models import ASKING, tiny_model, tiny_tokenizer
 from lce_trainer.cli import main
 from lce_trainer.model.check import check_model
-from lce_trainer.model.export import export_onnx
+from lce_trainer.model.export import export_reranker
 from lce_trainer.model.reranker import Reranker
 from lce_trainer.model.saving import save_reranker
 
@@ -109,7 +109,7 @@ def test_adapters_are_read_by_no_server(tmp_path):
 @pytest.mark.skipif(not find_spec("onnxscript"), reason="of the export extra")
 def test_an_onnx_file_is_compared_and_one_of_another_model_is_found_out(plain, tmp_path):
     folder = shutil.copytree(plain, tmp_path / "model")
-    export_onnx(str(folder))
+    export_reranker(str(folder), "onnx")
     file = "ONNX Runtime, onnx/model.onnx"
     assert outcomes(folder)[file][0] == "same scores"
     other = tiny_model("bert", seed=5)

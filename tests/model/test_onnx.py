@@ -179,8 +179,10 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 
 def test_what_the_backend_cannot_do_is_an_error(tmp_path):
     model = save_tiny("bert", tmp_path / "model")
-    with pytest.raises(ConfigError, match="backend must be one of torch, onnx, onnx-int8, not 'openvino'"):
-        Reranker.from_pretrained(model, backend="openvino")
+    with pytest.raises(
+        ConfigError, match="backend must be one of torch, onnx, onnx-int8, openvino, openvino-int8, not 'tf'"
+    ):
+        Reranker.from_pretrained(model, backend="tf")
     for chosen in ({"dtype": "bfloat16"}, {"device": "cuda"}, {"yes_no": True}):
         with pytest.raises(ConfigError, match=f"{next(iter(chosen))}=.* cannot be chosen with backend='onnx'"):
             Reranker.from_pretrained(model, backend="onnx", **chosen)

@@ -1,0 +1,97 @@
+"""Rerankers as OpenVINO files: write one, make its int8 form, and open it.
+
+The int8 form is quantized with NNCF after training: the ranges of activations are those of a sample of pairs, and the
+weights of embeddings and of linear layers are int8 with a scale for each channel.
+
+Scores are computed in float32, also where the processor has bfloat16, which OpenVINO would choose there: those of the
+float form are the model's own then.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def open_openvino(
+    file: str | Path, precision: str = "f32"
+) -> tuple[list[str], list[str], Callable[[dict[str, np.ndarray]], np.ndarray]]:
+    """Return the names of a file's inputs and outputs, and what computes the logits of a batch of inputs.
+
+    Args:
+        file: The ``.xml``, with the weights of the same name beside it.
+        precision: ``f32`` or ``bf16``, of what is not int8.
+    """
+    with _without_telemetry():
+        import openvino
+
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "ENABLE_CPU_PINNING": False,  # or the threads of several processes are bound to the same cores
+    }
+    model = openvino.Core().compile_model(str(file), "CPU", settings)
+    alone = Lock()  # a compiled model works on one batch at a time, and refuses a second
+
+    def run(inputs: dict[str, np.ndarray]) -> np.ndarray:
+        with alone:
+            logits: np.ndarray = model(inputs)["logits"]
+        return logits
+
+    inputs, outputs = ([one.get_any_name() for one in ports] for ports in (model.inputs, model.outputs))
+    return inputs, outputs, run
+
+
+def write_openvino(model: PreTrainedModel, example: dict[str, Tensor], file: Path) -> None:
+    """Write a reranker as an OpenVINO file.
+
+    Args:
+        model: An encoder with a classification head, on the CPU, in float32 and not packed.
+        example: Inputs of a batch, whose pairs differ in length.
+        file: The ``.xml`` to write; the weights go to a ``.bin`` beside it, in float32.
+    """
+    with _without_telemetry(), torch.no_grad():
+        import openvino
+
+        converted = openvino.convert_model(model, example_input=example)
+        openvino.save_model(converted, file, compress_to_fp16=False)
+
+
+def quantize_openvino(file: Path, target: Path, sample: Sequence[dict[str, np.ndarray]]) -> None:
+    """Write the int8 form of a file, for activations in the range that they have for a sample of inputs."""
+    with _without_telemetry():
+        import nncf
+        import openvino
+
+        quantized = nncf.quantize(
+            openvino.Core().read_model(file),
+            nncf.Dataset(sample),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(sample),
+        )
+        openvino.save_model(quantized, target, compress_to_fp16=False)
+
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Have OpenVINO and NNCF imported without the package that sends their telemetry.
+
+    Both send events to Google Analytics, the first when they are imported, unless the user has opted out or that
+    package is not there, see https://docs.openvino.ai/2026/about-openvino/additional-resources/telemetry.html.
+    """
+    name = "openvino_telemetry"
+    if name in sys.modules:  # imported by the user's own program
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
