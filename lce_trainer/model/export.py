@@ -113,7 +113,7 @@ def export_reranker(
             what = f"{name}: {runtime.name} cannot make the int8 form of {kind}"
             if to == "openvino":
                 inputs = _inputs(model, found[to].model.inputs, sample or pairs)
-                _run(what, quantize_openvino, files[to], files[rounded], inputs)
+                _run(what, quantize_openvino, files[to], files[rounded], inputs, model.model)
             else:
                 _run(what, quantize_onnx, files[to], files[rounded])
             found[rounded] = _open(name, rounded, files[rounded], model)

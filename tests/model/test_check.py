@@ -44,7 +44,9 @@ def test_what_we_save_scores_the_same_everywhere(plain, capsys):
     found = outcomes(plain)
     assert [found[name][0] for name in (OURS, AUTO, CROSS)] == ["same scores"] * 3
     assert found[PIPE] == ("other scores", found[PIPE][1]) and 'function_to_apply="none"' in found[PIPE][1]
-    assert found["ONNX Runtime"][0] == "not tried" and "lce-trainer export" in found["ONNX Runtime"][1]
+    for name, to in (("ONNX Runtime", "onnx"), ("OpenVINO", "openvino")):
+        outcome, detail = found[name]
+        assert outcome == "not tried" and f"lce-trainer export {plain} --to {to} writes it" in detail
     assert [found[name][0] for name in (TEI, VLLM, GGUF)] == ["should load", "should load", "does not load"]
     assert main(["check", str(plain)]) == 0
     printed = capsys.readouterr().out.splitlines()

@@ -138,7 +138,7 @@ def test_int8_is_smaller_and_scores_alike(exported):
     scores = Reranker.from_pretrained(exported.folder, backend="openvino").score(PAIRS)
     rounded = Reranker.from_pretrained(exported.folder, backend="openvino-int8").score(PAIRS)
     assert 0 < np.abs(rounded - scores).max() < scores.std()
-    assert np.corrcoef(rounded, scores)[0, 1] > 0.9
+    assert np.corrcoef(rounded, scores)[0, 1] > 0.98  # 0.95 with an int8 head
     sizes = [(exported.folder / "openvino" / name).stat().st_size for name in FILES if name.endswith(".bin")]
     assert sizes[1] < sizes[0] * 0.5
 
@@ -208,8 +208,6 @@ def test_an_openvino_file_is_compared_by_check_and_one_of_another_model_is_found
     outcome, detail = found["OpenVINO, openvino/openvino_model_qint8_quantized.xml"]
     assert outcome == "other scores" and "int8" in detail
     save_reranker(tiny_model("bert", seed=5), tiny_tokenizer("bert"), MAX_LENGTH, tmp_path / "other")
-    lacking = {one.name: one for one in check_model(str(tmp_path / "other"))}["OpenVINO"]
-    assert lacking.outcome == "not tried" and "--to openvino writes it" in lacking.detail
     shutil.copytree(exported.folder / "openvino", tmp_path / "other" / "openvino")
     found = {one.name: (one.outcome, one.detail) for one in check_model(str(tmp_path / "other"))}
     outcome, detail = found["OpenVINO, openvino/openvino_model.xml"]
