@@ -190,7 +190,7 @@ def test_what_the_backend_cannot_do_is_an_error(tmp_path):
         Reranker.from_pretrained(model, backend="onnx", device="cpu")
     (model / "onnx").mkdir()
     (model / "onnx" / "model.onnx").write_bytes(b"cut short")
-    with pytest.raises(TrainingError, match="no ONNX model at"):
+    with pytest.raises(TrainingError, match="no ONNX Runtime model at"):
         Reranker.from_pretrained(model, backend="onnx")
 
 
