@@ -100,7 +100,7 @@ def reliability_charts(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def score_histograms(path: Path) -> list[dict[str, Any]]:
-    """Return what judge, encoder and teacher gave source passages and other candidates, in bins.
+    """Return what judge, encoder, BM25 and teacher gave source passages and other candidates, in bins.
 
     Args:
         path: The table of judged pairs; there are no charts where it is missing.
@@ -113,8 +113,11 @@ def score_histograms(path: Path) -> list[dict[str, Any]]:
     for column, title in (
         ("judge_score", "Score of the judge"),
         ("cosine", "Cosine of the encoder"),
+        ("bm25", "Score of BM25"),
         ("teacher_score", "Teacher: the soft label, in standard deviations of the query's candidates"),
     ):
+        if column not in judged.column_names:
+            continue
         values = judged[column].to_numpy().astype(np.float64)
         known = np.isfinite(values)
         if not known.any():

@@ -302,6 +302,18 @@ def compare_on_dev(run: Run, rerankers: Mapping[str, Reranker]) -> datasets.Data
     return compare(systems, judged.qrels, baseline=next(iter(systems)), seed=run.recipe.seed)
 
 
+def choose_bm25_share(run: Run) -> float | None:
+    """Return BM25's share beside the encoder, from 0 to 1, that ranks the human dev queries best.
+
+    None where there are no dev queries, or the first stage has only one retriever.
+    """
+    path = run.recipe.evaluate.dev_queries
+    if path is None or len(run.first_stage.retrievers) < 2:
+        return None
+    judged, _ = _in_domain(run, path, None)
+    return choose_weight(judged.scores["bm25"], judged.scores["dense"], judged.qrels)[0]
+
+
 def choose_first_stage_weight(run: Run, model: Path) -> dict[str, float]:
     """Find on the human dev queries how much the first stage's scores count beside the reranker's.
 

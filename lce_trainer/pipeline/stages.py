@@ -21,6 +21,7 @@ from lce_trainer.hub.publish import publish as upload
 from lce_trainer.model.loading import load_tokenizer
 from lce_trainer.pipeline.evaluate import (
     GENERAL,
+    choose_bm25_share,
     choose_first_stage_weight,
     dev_groups,
     evaluate_systems,
@@ -60,6 +61,7 @@ logger = logging.getLogger(__name__)
 _HOW_IT_RUNS = ("endpoint", "concurrency", "timeout", "retries", "batch_tokens", "patience", "price", "budget")
 _SAMPLE = 16  # calls that a dry run answers for its quote
 _JUDGED_DEV_QUERIES = 40
+_MOST_BM25 = 0.8  # of the soft labels beside the encoder, where it ranks best alone
 # Where the queries of each comparison come from.
 _MEASURED = {"in_domain": "evaluate.queries", "dev": "evaluate.dev_queries", GENERAL: "evaluate.benchmark"}
 
@@ -85,13 +87,10 @@ def check(run: Run) -> None:
         read_general(run)
     if recipe.train.groups is None:
         _check_examples(run)
-    dense = recipe.mine.encoder is not None and "dense" in recipe.mine.retrievers
-    teacher = recipe.label.encoder
-    if recipe.train.groups is None and recipe.label.judge == "encoder" and not dense and teacher is None:
-        raise ConfigError("label.judge=encoder needs label.encoder, or mine.encoder and dense among mine.retrievers")
-    if recipe.train.groups is None and teacher is not None:
-        load_tokenizer(teacher)
-    if recipe.mine.encoder is not None and dense:
+        _check_label(run)
+        if recipe.label.encoder is not None:
+            load_tokenizer(recipe.label.encoder)
+    if recipe.mine.encoder is not None and "dense" in recipe.mine.retrievers:
         load_tokenizer(recipe.mine.encoder)
     if measures_synthetic(run) and (judge := recipe.evaluate.synthetic.judge) is not None:
         if judge == "reranker" and recipe.evaluate.synthetic.reranker is None:
@@ -216,6 +215,7 @@ def _label(run: Run, dry_run: bool) -> None:
     teacher = Encoder(config.encoder) if config.encoder is not None else None
 
     def work() -> Made:
+        _check_label(run)
         if prompt is not None:
             run.llm.check(config.needs)
         elif dry_run:
@@ -223,6 +223,8 @@ def _label(run: Run, dry_run: bool) -> None:
         judge = load_judge(config, run.llm, prompt)
         dense = run.first_stage.retrievers.get("dense")
         encoder = teacher or (dense if isinstance(dense, DenseIndex) else None)
+        bm25_weight, chosen = _bm25_weight(run)
+        bm25 = run.first_stage.retrievers.get("bm25")
         with open_journal(run.root / "groups" / "journal.jsonl", run.llm if prompt is not None else None) as journal:
             journal.meter = None if prompt is None else _meter(run, journal, "groups", dry_run)
             tables, counts, facts = label_candidates(
@@ -233,7 +235,10 @@ def _label(run: Run, dry_run: bool) -> None:
                 config,
                 run.recipe.seed,
                 journal,
+                (bm25, bm25_weight) if isinstance(bm25, BM25Index) and bm25_weight else None,
             )
+            if chosen:
+                facts = {**facts, "bm25_weight_chosen_on_dev": bm25_weight}
             if run.recipe.evaluate.dev_queries is not None and judge is not None:
                 human = dev_groups(run, config.candidates // 2, _JUDGED_DEV_QUERIES)
                 facts = {**facts, "judge_on_human_labels": check_judge(human, judge, journal)}
@@ -249,7 +254,42 @@ def _label(run: Run, dry_run: bool) -> None:
     shape = {**_prompted(config), **by_llm, **first_stage_shape(run)}
     if teacher is not None:
         shape["encoder"] = teacher.name
+    if config.bm25_weight == "auto" and run.recipe.evaluate.dev_queries is not None:
+        # Not their path: the groups are published with their manifest.
+        shape["contents"] = list(run.contents((run.recipe.evaluate.dev_queries,)).values())
     run.make("groups", shape, ("passages", "candidates"), work)
+
+
+def _check_label(run: Run) -> None:
+    """Check that the first stage has what the soft labels are made of.
+
+    Raises:
+        ConfigError: It lacks BM25 or an encoder.
+    """
+    config, mine = run.recipe.label, run.recipe.mine
+    dense = mine.encoder is not None and "dense" in mine.retrievers
+    if config.judge == "encoder" and not dense and config.encoder is None:
+        raise ConfigError("label.judge=encoder needs label.encoder, or mine.encoder and dense among mine.retrievers")
+    if not isinstance(config.bm25_weight, str) and config.bm25_weight and "bm25" not in mine.retrievers:
+        raise ConfigError(
+            f"label.bm25_weight={config.bm25_weight:g} needs BM25 in the first stage: set mine.first_stage to bm25 or "
+            "hybrid, or the weight to 0"
+        )
+
+
+def _bm25_weight(run: Run) -> tuple[float, bool]:
+    """Return the weight of BM25 in the soft labels beside the encoder's 1, and whether dev queries chose it."""
+    weight = run.recipe.label.bm25_weight
+    if not isinstance(weight, str):
+        return weight, False
+    share = choose_bm25_share(run)
+    if share is None:
+        logger.info("label.bm25_weight=auto: 0, as there are no dev queries to choose it on, or no two retrievers")
+        return 0.0, False
+    share = min(share, _MOST_BM25)
+    chosen = round(share / (1 - share), 2)
+    logger.info("label.bm25_weight=auto: %g beside the encoder's 1, which ranks the dev queries best", chosen)
+    return chosen, True
 
 
 def train(run: Run) -> None:

@@ -1,7 +1,7 @@
 """A judge turns each query's candidates into positives and hard negatives, with soft labels beside them.
 
-The soft labels are a teacher's: the judge's scores and the cosines of an encoder, both standardized
-over the query's pool and added. On the quickstart's human dev queries the sum ranks better than either alone: nDCG@10
+The soft labels are a teacher's: the judge's scores, the cosines of an encoder and BM25's scores, each standardized
+over the query's pool, and added. On the quickstart's human dev queries the sum ranks better than either alone: nDCG@10
 0.636, where the encoder has 0.584 and the likelihood under a model of 270M parameters 0.530.
 """
 
@@ -28,6 +28,7 @@ from lce_trainer.synthesis.judges import ChoiceJudge, Judge, LikelihoodJudge, Pa
 from lce_trainer.synthesis.llm.protocol import LLM, Each, Need
 from lce_trainer.synthesis.prompts import Prompt
 from lce_trainer.synthesis.queries import plan_batches
+from lce_trainer.synthesis.retrieval.bm25 import BM25Index
 from lce_trainer.synthesis.retrieval.dense import DenseIndex, Encoder
 from lce_trainer.synthesis.shortcut import auc, shortcut_probe, word_counts
 
@@ -97,6 +98,12 @@ class LabelConfig:
         "from its source passage, which a judge by the same LLM therefore finds too easily: auto leans to a high "
         "weight, so it ends at 1.5; with human dev queries, compare weights on those.",
     )
+    bm25_weight: float | Literal["auto"] = option(
+        0.0,
+        "Weight of BM25 in the soft labels beside the encoder, which has weight 1. auto: the weight by which the two "
+        "rank the human dev queries best, 0 where there are none: on some corpora BM25 adds much, on others it takes "
+        "away.",
+    )
     false_negatives: Literal["drop", "promote", "keep"] | None = option(
         None,
         "What becomes of a candidate that is judged as relevant as the source passage (label.drop_margin), or under "
@@ -128,6 +135,8 @@ class LabelConfig:
         Raises:
             ConfigError: Names the key.
         """
+        if not isinstance(self.bm25_weight, str) and not 0 <= self.bm25_weight < math.inf:
+            raise ConfigError(f"label.bm25_weight must be 0 or more, not {self.bm25_weight:g}")
         if self.opponents < 2 or self.opponents % 2:
             raise ConfigError(f"label.opponents must be an even number, 2 or more, not {self.opponents}")
         if self.promote_margin is not None and self.false_negatives in ("drop", "keep"):
@@ -203,6 +212,7 @@ def label_candidates(
     config: LabelConfig,
     seed: int,
     journal: Journal,
+    bm25: tuple[BM25Index, float] | None = None,
 ) -> tuple[dict[str, datasets.Dataset], dict[str, int], dict[str, Any]]:
     """Make groups of a query's source passage and of what the judge says does not answer the query.
 
@@ -215,12 +225,13 @@ def label_candidates(
         config: How many candidates, the teacher's weight, the thresholds.
         seed: Seeds the draw of candidates and the order of the work.
         journal: Where the judge's answers are kept.
+        bm25: BM25 over ``passages``, and its weight in the teacher beside the encoder's.
 
     Returns:
         Two tables: ``train``, the groups, whose ``scores`` are the teacher's, in standard deviations of the query's
         pool; and ``judged``, a row a pair that was judged, kept or not. Then what was kept and dropped; and as facts
-        the shortcut probe (``shortcut_auc``) and how often judge, encoder and teacher put the source passage above
-        all it was compared with (``source_first``).
+        the shortcut probe (``shortcut_auc``) and how often judge, encoder, BM25 and teacher put the source passage
+        above all it was compared with (``source_first``).
 
     Raises:
         LabelError: A passage is not among ``passages``, a score is not finite, there is neither judge nor encoder, or
@@ -252,7 +263,14 @@ def label_candidates(
     choice: dict[str, Any] | None = None
     if isinstance(config.judge_weight, str) and cosines is not None and judge is not None:
         weight, choice = _choose_weight(scaled, cosines, pool, _source_documents(candidates, passages), seed)
-    teacher = _teacher(scaled, cosines, pool.query, weight)
+    if judge is None:
+        weight = 0.0  # the encoder is the judge, and counts once
+    parts = [(scaled, 1.0)] if cosines is None else [(cosines.astype(np.float64), 1.0), (scaled, weight)]
+    lexical: np.ndarray | None = None
+    if bm25 is not None:
+        lexical = bm25[0].similarity(pool.queries, pool.query, pool.rows[pool.passage]).astype(np.float64)
+        parts.append((lexical, bm25[1]))
+    teacher = _teacher(parts, pool.query)
 
     positive, negative, reason = _decide(scores, teacher, pool, judge, config)
     counts = _count(reason, positive, pool)
@@ -274,13 +292,13 @@ def label_candidates(
         "shortcut_auc": shortcut_probe(groups, seed=seed),
         "source_first": {
             name: _share_first(values, pool.is_source, pool.query)
-            for name, values in (("judge", scores), ("encoder", cosines), ("teacher", teacher))
+            for name, values in (("judge", scores), ("encoder", cosines), ("bm25", lexical), ("teacher", teacher))
             if values is not None
         },
     }
     if choice is not None:
         facts["judge_weight"] = choice
-    judged = _judged_table(pool, scores, cosines, teacher, positive, chosen, reason)
+    judged = _judged_table(pool, scores, cosines, lexical, teacher, positive, chosen, reason)
     return {"train": groups, "judged": judged}, counts, facts
 
 
@@ -382,12 +400,15 @@ def _ask(
     return np.array([math.nan if answer is None else answer for answer in answers], dtype=np.float64)
 
 
-def _teacher(scores: np.ndarray, cosines: np.ndarray | None, query: np.ndarray, judge_weight: float) -> np.ndarray:
-    """Return the soft label of each pair in standard deviations of its query's pool; NaN where the judge abstains."""
-    if cosines is None:
-        return standardize(scores, query)
-    fused = standardize(cosines.astype(np.float64), query) + judge_weight * standardize(scores, query)
-    return standardize(fused, query)
+def _teacher(parts: Sequence[tuple[np.ndarray, float]], query: np.ndarray) -> np.ndarray:
+    """Return the soft label of each pair in standard deviations of its query's pool; NaN where a part is NaN.
+
+    Args:
+        parts: Scores of each pair, and their weight once they are standardized over the pool.
+        query: Of each pair, shape ``(pairs,)``.
+    """
+    added = np.sum([weight * standardize(values, query) for values, weight in parts], axis=0)
+    return standardize(added, query)
 
 
 def _draw_pool(candidates: datasets.Dataset, passages: datasets.Dataset, config: LabelConfig, seed: int) -> _Pool:
@@ -548,10 +569,10 @@ def _choose_weight(
     n = len(np.unique(documents[held]))
     inside = held[pool.query]
     query = np.unique(pool.query[inside], return_inverse=True)[1].reshape(-1)
-    is_source, scores, cosines = pool.is_source[inside], scores[inside], cosines[inside]
+    is_source, scores, cosines = pool.is_source[inside], scores[inside], cosines[inside].astype(np.float64)
     curve = {}
     for weight in _WEIGHTS:
-        teacher = _teacher(scores, cosines, query, weight)
+        teacher = _teacher([(cosines, 1.0), (scores, weight)], query)
         values = np.where(np.isnan(teacher), -np.inf, teacher)
         of_source = values[is_source][query]
         # A passage as good as the source stands before it, so that no score for all is no perfect ranking.
@@ -648,12 +669,13 @@ def _judged_table(
     pool: _Pool,
     scores: np.ndarray,
     cosines: np.ndarray | None,
+    lexical: np.ndarray | None,
     teacher: np.ndarray,
     positive: np.ndarray,
     negative: np.ndarray,
     reason: np.ndarray,
 ) -> datasets.Dataset:
-    """Return a row a pair: what judge, encoder and teacher gave it, whether it became a label, and why."""
+    """Return a row a pair: what judge, encoder, BM25 and teacher gave it, whether it became a label, and why."""
     query, passage = pa.array(pool.query), pa.array(pool.passage)
     nothing = np.full(len(scores), np.nan)
     label = np.where(positive, "positive", np.where(negative, "negative", "left out"))
@@ -663,6 +685,7 @@ def _judged_table(
         "is_source": pa.array(pool.is_source),
         "judge_score": pa.array(scores, pa.float32(), from_pandas=True),
         "cosine": pa.array(nothing if cosines is None else cosines, pa.float32(), from_pandas=True),
+        "bm25": pa.array(nothing if lexical is None else lexical, pa.float32(), from_pandas=True),
         "teacher_score": pa.array(teacher, pa.float32(), from_pandas=True),
         "label": pa.array(label.tolist(), pa.string()),
         "reason": pa.array(reason.tolist(), pa.string()),

@@ -275,16 +275,26 @@ def test_groups_of_another_run_are_published_with_what_their_own_manifest_says(f
 def test_a_dataset_that_no_llm_judged_names_who_did(tmp_path, capsys):
     recipe = write_recipe(tmp_path)
     settings = ["label.judge=encoder", f"mine.encoder={tmp_path / 'encoder'}", "label.false_negatives=keep"]
-    settings += ["train.max_steps=1", "generate.queries=20", *NAMES]
+    settings += ["label.bm25_weight=auto", "train.max_steps=1", "train.eval_strategy=no", "train.save_strategy=no"]
+    settings += ["generate.queries=20", *NAMES]
     assert main(["run", str(recipe), *settings]) == 0
+    groups = read_manifest(tmp_path / "run" / "groups")
+    first_stage = read_manifest(tmp_path / "run" / "model").facts["first_stage"]
+    share = min(first_stage["bm25_weight"], 0.8)  # both are chosen on the dev queries
+    assert groups.facts["bm25_weight_chosen_on_dev"] == pytest.approx(share / (1 - share), abs=0.01)
     dataset, model = repos(open_run(recipe, settings))
     llm = read_manifest(tmp_path / "run" / "queries").facts["llm"]
     encoder = read_manifest(tmp_path / "run" / "groups").facts["judge_model"]
     for text in (card(dataset), card(model)):
         assert f"Judge: encoder (`{encoder}`)" in text and f"written by `{llm}`" in text
         assert "judge weight" not in text and "opponents" not in text
+        assert "which ranked the human dev queries best" in text
+    assert "No human label was used" not in card(model)
     assert main(["run", str(recipe), *settings, "mine.encoder=null"]) != 0
     assert "label.judge=encoder needs label.encoder, or mine.encoder" in capsys.readouterr().err
+    dense = [*settings, "label.bm25_weight=0.5", "mine.first_stage=dense"]
+    assert main(["run", str(recipe), *dense]) != 0
+    assert "label.bm25_weight=0.5 needs BM25 in the first stage" in capsys.readouterr().err
 
 
 def test_another_encoder_than_the_first_stage_s_can_be_the_teacher(tmp_path):

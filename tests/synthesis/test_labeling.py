@@ -554,6 +554,35 @@ def test_the_teacher_is_encoder_and_judge_together(tmp_path):
     assert facts["source_first"] == {"judge": 1.0, "encoder": 0.0, "teacher": 1.0}
 
 
+@pytest.mark.parametrize("judge", ["encoder", "likelihood"])
+def test_bm25_counts_in_the_teacher_beside_encoder_and_judge(tmp_path, judge):
+    found = {"cosine": (0.5, 0.6, 0.1, 0.2), "judge": (-1.0, -3.0, -2.0, -4.0), "bm25": (0.0, 2.0, 9.0, 1.0)}
+    config = LabelConfig(judge=judge, judge_weight=0.5, random=0, drop_margin=-9.0)
+    llm = likelihoods(dict(zip("abcd", found["judge"], strict=True)))
+    with Journal(tmp_path / "j") as journal:
+        tables, _, facts = label_candidates(
+            mined("bcd"),
+            PASSAGES,
+            load_judge(config, llm, LIKELIHOOD),
+            Cosines(*found["cosine"], 0.0, 0.0),
+            config,
+            0,
+            journal,
+            (Cosines(*found["bm25"], 0.0, 0.0), 0.25),
+        )
+    parts = {name: np.array(in_deviations(*values)) for name, values in found.items()}
+    fused = parts["cosine"] + 0.25 * parts["bm25"] + (0.5 * parts["judge"] if judge == "likelihood" else 0)
+    assert tables["judged"]["teacher_score"] == pytest.approx(in_deviations(*fused), abs=1e-6)
+    assert tables["judged"]["bm25"] == pytest.approx(found["bm25"])
+    assert facts["source_first"]["bm25"] == 0.0
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("inf"), float("nan")])
+def test_a_weight_of_bm25_that_is_none_is_refused(weight):
+    with pytest.raises(ConfigError, match=r"label\.bm25_weight must be 0 or more"):
+        LabelConfig(bm25_weight=weight)
+
+
 def weighed(tmp_path, helpful, seed=0, n=150):
     """Labels of n queries, each from a document of its own, under a judge that helps the encoder in part of them."""
     rng = np.random.default_rng(seed)
