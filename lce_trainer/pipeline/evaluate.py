@@ -354,7 +354,8 @@ def _rank(run: Run, judged: _Judged) -> Runs:
     if has_head(base):
         systems[UNTOUCHED] = _rerank(run, base, judged)
     for name in run.recipe.evaluate.rerankers:
-        systems[name] = _rerank(run, name, judged)
+        known = name == base and UNTOUCHED in systems
+        systems[name] = systems[UNTOUCHED] if known else _rerank(run, name, judged)
     systems[RERANKER] = _rerank(run, run.root / "model", judged)
     systems[FUSED] = fuse(first_stage, systems[RERANKER], chosen["weight"])
     return systems

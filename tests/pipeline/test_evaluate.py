@@ -1,6 +1,8 @@
 """The comparison holds what the user already has, and the weight of the first stage is found on dev queries."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -63,11 +65,14 @@ def test_every_system_ranks_the_same_candidates(run):
 def test_a_base_that_ranks_as_it_is_and_other_rerankers_have_rows(finished, tiny_reranker, tmp_path, capsys):
     root = finished.copy(tmp_path / "run", "passages", "queries", "candidates", "groups")
     settings = [f"run_dir={root}", f"train.model={tiny_reranker}", "train.max_steps=2"]
-    settings += [f"evaluate.rerankers=[{tiny_reranker}]"]
+    same = shutil.copytree(tiny_reranker, tmp_path / "same")
+    settings += [f"evaluate.rerankers=[{tiny_reranker},{same}]"]
     assert main(["train", str(finished.recipe), *settings]) == 0
+    capsys.readouterr()
     assert main(["evaluate", str(finished.recipe), *settings]) == 0
+    assert len(re.findall(r" scores [\d,]+ pairs", capsys.readouterr().err)) == 3  # base, same, model: the base once
     found = rows(open_run(finished.recipe, settings))
-    assert found[UNTOUCHED]["mean"] == found[str(tiny_reranker)]["mean"]
+    assert found[UNTOUCHED]["mean"] == found[str(tiny_reranker)]["mean"] == found[str(same)]["mean"]
     assert np.isfinite(found[FUSED]["mean"])
 
 
