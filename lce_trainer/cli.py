@@ -229,6 +229,9 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
             command.add_argument("--anyway", action="store_true", help="publish a model that was measured to be WORSE")
             command.add_argument("--create-pr", action="store_true", help="open pull requests, and commit nothing")
+            command.add_argument(
+                "--space", metavar="REPO", help="publish a Space too, a search box that shows the model"
+            )
             command.add_argument("--revision", metavar="BRANCH", help="publish to a branch, and not to main")
             command.add_argument(
                 "--include-passages", action="store_true", help="publish the corpus' passages without a licence too"
@@ -580,6 +583,7 @@ def _run_stages(arguments: argparse.Namespace, run: "Run") -> int:
     from lce_trainer.synthesis.cost import QuoteReadyError
 
     if arguments.command == "publish":
+        run.recipe.publish.space_id = arguments.space or run.recipe.publish.space_id
         published = stages.publish(
             run,
             dry_run=arguments.dry_run,

@@ -28,6 +28,9 @@ def test_the_wheel_holds_templates_prompts_and_typing(wheel):
     for name in (
         "hub/model_card_template.md",
         "hub/dataset_card_template.md",
+        "hub/space_files/README.md",
+        "hub/space_files/app.py",
+        "hub/space_files/requirements.txt",
         "py.typed",
         "synthesis/prompts/query.jinja",
         "model/pair_template.jinja",

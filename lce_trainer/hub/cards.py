@@ -195,7 +195,7 @@ def model_card(folder: Path, facts: RunFacts, template: Path | None = None) -> s
         model_name=facts.model_name,
         eval_results=_eval_results(facts.evaluations) or None,
     )
-    return _render(
+    return fill_template(
         template or _find_template("model_card_template.md"),
         metadata=data.to_yaml().strip(),
         facts=facts,
@@ -242,7 +242,7 @@ def dataset_card(artifacts: Mapping[str, Path], facts: RunFacts, template: Path 
             for config, paths in tables.items()
         ],
     )
-    return _render(
+    return fill_template(
         template or _find_template("dataset_card_template.md"),
         metadata=data.to_yaml().strip(),
         facts=facts,
@@ -269,7 +269,16 @@ def _terms(*models: str) -> list[tuple[str, str]]:
     return [(title, url) for name, title, url in _TERMS if any(name.search(model) for model in models)]
 
 
-def _render(template: Path, **values: Any) -> str:
+def fill_template(template: Path, **values: Any) -> str:
+    """Return a card from its template.
+
+    Args:
+        template: A Jinja file; a name that it uses and that is not given is an error.
+        **values: What it is filled with; ``name`` is the repo, for messages.
+
+    Raises:
+        PublishError: The template does not render, or a value holds a Hub token.
+    """
     environment = jinja2.Environment(  # noqa: S701  (Markdown, not HTML)
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

@@ -1,4 +1,4 @@
-"""What goes into the Hub repos of a model and of its dataset, by an allow list.
+"""What goes into the Hub repos of a model, of its dataset and of a Space, by an allow list.
 
 Only files that the Hub's users need go: no optimizer state, no pickled arguments, no journal. Manifests go with the
 names of files in place of their paths.
@@ -49,6 +49,8 @@ _MODEL_FILES = ("config.json", *WEIGHTS, *_TOKENIZER, *_SENTENCE_TRANSFORMERS)
 # Configs of the dataset in the order of its card.
 CONFIGS = ("groups", "queries", "candidates", "passages")
 _TEXTS = ("passages",)  # a column of candidates that holds whole passages
+RepoType = Literal["model", "dataset", "space"]
+SPACE_PASSAGES = "passages.jsonl"
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,13 @@ class Repo:
 
     Attributes:
         repo_id: ``user/name``.
-        repo_type: Model or dataset.
+        repo_type: Model, dataset or Space.
         files: Each file's path here, or its bytes, by its name in the repo.
         left_out: What could go and does not, each with the reason.
     """
 
     repo_id: str
-    repo_type: Literal["model", "dataset"]
+    repo_type: RepoType
     files: Mapping[str, Path | bytes]
     left_out: tuple[str, ...] = ()
 
@@ -95,6 +97,8 @@ def is_ours(repo_type: str, name: str) -> bool:
     """Whether a file of a repo is one that a publish leaves there, and that would be loaded in place of new ones."""
     if repo_type == "model":
         return matches(name, WEIGHTS)
+    if repo_type == "space":
+        return name == SPACE_PASSAGES
     folder, _, file = name.rpartition("/")
     if not folder:  # where the groups lay before they were a config among others
         return name in (MANIFEST, "train.parquet")
@@ -139,7 +143,7 @@ def model_repo(
                 f"{folder / 'adapter_config.json'} names the base model {base!r}, which is on this machine alone: "
                 "publish the merged model, or name the base by its Hub id"
             )
-    return Repo(_repo_id(repo_id), "model", files)
+    return Repo(check_repo_id(repo_id), "model", files)
 
 
 def dataset_repo(
@@ -179,7 +183,7 @@ def dataset_repo(
             f"{config}/{MANIFEST}": manifest_text(public).encode(),
             **{f"{config}/{name}": at for name, at in tables.items()},
         }
-    return Repo(_repo_id(repo_id), "dataset", files, tuple(left_out))
+    return Repo(check_repo_id(repo_id), "dataset", files, tuple(left_out))
 
 
 def _public_table(path: Path, with_texts: bool) -> Path | bytes:
@@ -204,7 +208,12 @@ def _about(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _repo_id(name: str) -> str:
+def check_repo_id(name: str) -> str:
+    """Return the name of a repo, if it can be one.
+
+    Raises:
+        PublishError: The Hub has no such names, or it lacks the owner.
+    """
     try:
         validate_repo_id(name)
     except HFValidationError as error:

@@ -1,4 +1,4 @@
-"""Every upload to the Hugging Face Hub: a model and the groups it was trained on."""
+"""Every upload to the Hugging Face Hub: a model, the groups it was trained on, and a Space that shows it."""
 
 import logging
 import re
@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: httpx's or httpx2's, by version
@@ -17,7 +16,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 from huggingface_hub.hf_api import RepoFile
 
 from lce_trainer.errors import PublishError
-from lce_trainer.hub.contents import Repo, is_ours
+from lce_trainer.hub.contents import Repo, RepoType, is_ours
 from lce_trainer.hub.privacy import private_paths, refuse_private
 
 logger = logging.getLogger(__name__)
@@ -29,10 +28,17 @@ _DESCRIPTION = "Uploaded by `lce-trainer publish --create-pr`."
 
 @dataclass
 class PublishConfig:
-    """Where the model and the groups go."""
+    """Where the model, the groups and a Space go."""
 
     model_id: str | None = field(default=None, metadata={"help": "Hub repo of the model, as user/name."})
     dataset_id: str | None = field(default=None, metadata={"help": "Hub repo of the groups, as user/name."})
+    space_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub repo of a Space that shows the order before and after reranking, as user/name; it loads the "
+            "model from publish.model_id. --space sets it."
+        },
+    )
     private: bool = field(default=True, metadata={"help": "Make new repos private."})
     license: str | None = field(
         default=None, metadata={"help": "License of model and dataset, by the Hub's identifier; null: none is given."}
@@ -51,7 +57,7 @@ class Upload:
 
     Attributes:
         repo_id: ``user/name``.
-        repo_type: Model or dataset.
+        repo_type: Model, dataset or Space.
         files: Size in bytes of each file, by name.
         left_out: What could have gone and does not, each with the reason.
         target: Where it goes: ``"main"``, another branch, or ``"a pull request"``.
@@ -61,7 +67,7 @@ class Upload:
     """
 
     repo_id: str
-    repo_type: Literal["model", "dataset"]
+    repo_type: RepoType
     files: dict[str, int]
     left_out: tuple[str, ...] = ()
     target: str = _MAIN
@@ -72,7 +78,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Published:
-    """The uploads in their order: the dataset first, since the model's card links to it."""
+    """The uploads in their order: dataset, model, Space, since each links to those before it."""
 
     uploads: tuple[Upload, ...]
 
@@ -132,7 +138,7 @@ def publish(
     commit.
 
     Args:
-        repos: What goes where: the dataset first, since the model's card links to it.
+        repos: What goes where: dataset, model, Space, since each links to those before it.
         private: Make new repos private; a repo that is public already is then refused, not written to.
         token: Hub token; the one of ``hf auth login`` or ``HF_TOKEN`` if None. It is written nowhere.
         dry_run: List what would go; contacts nobody and needs no token.
@@ -168,7 +174,7 @@ def publish(
     uploads: list[Upload] = []
     for repo, stage in zip(repos, staged, strict=True):
         done = "".join(f" ({upload.repo_id} is published already; run again for the rest)" for upload in uploads)
-        url = f"{api.endpoint}/{'datasets/' if repo.repo_type == 'dataset' else ''}{repo.repo_id}"
+        url = f"{api.endpoint}/{'' if repo.repo_type == 'model' else f'{repo.repo_type}s/'}{repo.repo_id}"
         if stage is not None and stage.pull is not None:
             url += f"/discussions/{stage.pull[0]}"
         elif revision not in (None, _MAIN):
@@ -182,7 +188,8 @@ def publish(
 def _make_repo(api: HfApi, repo: Repo, private: bool, token: str, create_pr: bool) -> None:
     with _one_line_errors(repo, token):
         if not create_pr or not api.repo_exists(repo.repo_id, repo_type=repo.repo_type):
-            api.create_repo(repo.repo_id, repo_type=repo.repo_type, private=private, exist_ok=True)
+            sdk = "gradio" if repo.repo_type == "space" else None
+            api.create_repo(repo.repo_id, repo_type=repo.repo_type, private=private, exist_ok=True, space_sdk=sdk)
         is_private = api.repo_info(repo.repo_id, repo_type=repo.repo_type).private
     if private and is_private is False:
         raise PublishError(
@@ -285,7 +292,8 @@ def _commit(api: HfApi, repo: Repo, changed: Sequence[str], stale: Sequence[str]
 
 
 def _message(repo: Repo) -> str:
-    return f"Upload {'reranker' if repo.repo_type == 'model' else 'groups'} with lce-trainer"
+    what = {"model": "reranker", "dataset": "groups", "space": "Space"}
+    return f"Upload {what[repo.repo_type]} with lce-trainer"
 
 
 def _differences(api: HfApi, repo: Repo, revision: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -32,6 +32,7 @@ from lce_trainer.pipeline.evaluate import (
 )
 from lce_trainer.pipeline.report import CALIBRATION
 from lce_trainer.pipeline.run import Run
+from lce_trainer.pipeline.space import space_of
 from lce_trainer.synthesis.journal import read_usage
 from lce_trainer.synthesis.labeling import LabelConfig
 
@@ -250,7 +251,7 @@ def _add_pictures(facts: RunFacts, run: Run, groups: Path | None) -> None:
 
 
 def repos(run: Run, include_passages: bool = False) -> tuple[Repo, ...]:
-    """Return what a run's model and dataset repos hold, each with its card; of those that the recipe names.
+    """Return what a run's dataset, model and Space hold, each with its card; of those that the recipe names.
 
     Args:
         run: A recipe whose model is trained.
@@ -262,6 +263,10 @@ def repos(run: Run, include_passages: bool = False) -> tuple[Repo, ...]:
         PublishError: A card cannot be written, or the model's folder is no model.
     """
     config = run.recipe.publish
+    if config.space_id is not None and config.model_id is None:
+        raise ConfigError(
+            f"the Space {config.space_id} loads the model from the Hub: name its repo too, publish.model_id=user/name"
+        )
     if config.model_id is None and config.dataset_id is None:
         raise ConfigError("name the repos to publish to: publish.model_id=user/name, publish.dataset_id=user/name")
     facts, folder = gather_facts(run), groups_folder(run)
@@ -284,6 +289,8 @@ def repos(run: Run, include_passages: bool = False) -> tuple[Repo, ...]:
     if config.model_id is not None:
         model = run.root / "model"
         made.append(model_repo(config.model_id, model, model_card(model, facts), _recipe(run), facts.model_pictures))
+    if config.space_id is not None:
+        made.append(space_of(run, config.space_id, facts, include_passages))
     return tuple(made)
 
 
@@ -293,6 +300,7 @@ def _recipe(run: Run) -> str:
     for section, key in (("train", "arguments"), ("llm", "endpoint")):
         del recipe[section][key]
     del recipe["run_dir"]
+    del recipe["publish"]["space_id"]  # so that a Space published later changes nothing in the model's repo
     sections = {"corpus": "passages", "generate": "queries", "mine": "candidates", "label": "groups"}
     if model.get("groups") is not None:  # nothing was made by these
         for section in ("llm", "generate", "mine", "label"):

@@ -1,8 +1,9 @@
 """A local server that speaks as much of the Hugging Face Hub's HTTP protocol as its Python client needs.
 
-Repos, branches and pull requests, commits with large files (Git LFS, one part), file trees, downloads with ETags,
-private repos, tokens. It checks what the real one checks: the token and its namespace, sizes and SHA-256 of large
-files, the parent commit, the metadata of a card. It offers no Xet, so clients run with ``HF_HUB_DISABLE_XET=1``.
+Repos of models, datasets and Spaces, branches and pull requests, commits with large files (Git LFS, one part), file
+trees, downloads with ETags, private repos, tokens. It checks what the real one checks: the token and its namespace,
+sizes and SHA-256 of large files, the parent commit, the metadata of a card, the SDK of a Space, which it does not
+build. It offers no Xet, so clients run with ``HF_HUB_DISABLE_XET=1``.
 Its connection can be cut, before, in or after any request.
 
     with HubServer(tokens={"hf_…": "user"}) as hub:
@@ -156,7 +157,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: HubServer
     rev = r"/(?P<revision>[^/]+)"  # quoted, so that refs/pr/1 is one part of the path
-    api = r"/api/(?P<kind>models|datasets)/(?P<repo_id>[^/]+/[^/]+)"
+    api = r"/api/(?P<kind>models|datasets|spaces)/(?P<repo_id>[^/]+/[^/]+)"
     ROUTES = (
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
@@ -174,10 +175,10 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", api + r"/discussions", "create_pull"),
         ("GET", api + r"/discussions/(?P<num>\d+)", "pull"),
         ("POST", api + r"/discussions/(?P<num>\d+)/status", "change_pull"),
-        ("POST", r"/(?P<kind>datasets/)?(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+        ("POST", r"/(?P<kind>datasets/|spaces/)?(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs/(?P<key>\w+)", "lfs_put"),
         ("POST", r"/lfs-verify", "lfs_verify"),
-        ("GET", r"/(?P<kind>datasets/)?(?P<repo_id>[^/]+/[^/]+)/resolve" + rev + r"/(?P<path>.+)", "resolve"),
+        ("GET", r"/(?P<kind>datasets/|spaces/)?(?P<repo_id>[^/]+/[^/]+)/resolve" + rev + r"/(?P<path>.+)", "resolve"),
     )
 
     def do_GET(self) -> None:
@@ -258,7 +259,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _repo(self, kind: str | None, repo_id: str, write: bool = False) -> Repo:
         """A repo the user may see; the Hub hides private ones as if they did not exist."""
-        repo_type = "dataset" if kind and kind.startswith("datasets") else "model"
+        repo_type = (kind or "models").rstrip("/").removesuffix("s")
         repo = self.server.repos.get((repo_type, repo_id))
         if repo is None or (repo.private and self.user != repo_id.partition("/")[0]):
             raise Refusal(404 if self.user else 401, "Repository not found", "RepoNotFound")
@@ -290,13 +291,20 @@ class Handler(BaseHTTPRequestHandler):
         if owner != self.user:
             raise Refusal(403, f"You don't have the rights to create a {repo_type} under {owner!r}")
         repo_id = f"{owner}/{request['name']}"
-        url = f"{self.server.url}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+        url = f"{self.server.url}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+        if repo_type == "space" and request.get("sdk") not in ("gradio", "docker", "static"):
+            raise Refusal(400, '"sdk" must be one of gradio, docker, static')
         if (repo_type, repo_id) in self.server.repos:
             raise Refusal(409, "You already created this repo", url=url)
         repo = self.server.repos[repo_type, repo_id] = Repo(
             private=request.get("visibility") == "private" or bool(request.get("private"))
         )
-        repo.commit("initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", lfs=False)})
+        first = {".gitattributes": Blob(b"*.safetensors filter=lfs\n", lfs=False)}
+        if repo_type == "space":  # which cannot be built without a card
+            first["README.md"] = Blob(
+                f"---\ntitle: {request['name']}\nsdk: {request['sdk']}\n---\n".encode(), lfs=False
+            )
+        repo.commit("initial commit", first)
         self._json({"url": url, "name": repo_id, "id": secrets.token_hex(12)})
 
     def repo_info(self, kind: str, repo_id: str, revision: str = "main") -> None:
@@ -539,6 +547,7 @@ def metadata_errors(metadata: Any, repo_type: str) -> list[str]:
         "license": str,
         "base_model": (str, list),
         "datasets": (str, list),
+        "models": (str, list),
         "tags": list,
         "language": (str, list),
         "pipeline_tag": str,
@@ -549,11 +558,19 @@ def metadata_errors(metadata: Any, repo_type: str) -> list[str]:
         if key in metadata and not isinstance(metadata[key], kinds):
             errors.append(f'"{key}" has the wrong type')
     repo_id = re.compile(r"[\w.-]+(/[\w.-]+)?")
-    for key in ("base_model", "datasets"):
+    for key in ("base_model", "datasets", "models"):
         values = metadata.get(key) or []
         for value in [values] if isinstance(values, str) else values:
             if not repo_id.fullmatch(str(value)):
                 errors.append(f'"{key}" with value "{value}" is not valid: it must be a repo id')
+    if repo_type == "space":
+        colors = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
+        for key, allowed in {"sdk": ("gradio", "docker", "static"), "colorFrom": colors, "colorTo": colors}.items():
+            if metadata.get(key) not in (allowed if key == "sdk" else (None, *allowed)):
+                errors.append(f'"{key}" must be one of {", ".join(allowed)}')
+        for key in ("sdk_version", "python_version"):
+            if not isinstance(metadata.get(key, ""), str):
+                errors.append(f'"{key}" must be a string')
     if repo_type == "model":
         for model in metadata.get("model-index", []):
             for result in model.get("results", [{}]):
