@@ -4,13 +4,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import SpaceCardData
 
 from lce_trainer.errors import PublishError
-from lce_trainer.hub.cards import fill_template
+from lce_trainer.hub.cards import fill_template, hub_id
 from lce_trainer.hub.contents import CARD, SPACE_PASSAGES, Repo, check_repo_id
 
 APP = "app.py"
@@ -103,6 +104,21 @@ def space_repo(
         rows = ({"text": row["text"], "title": row["title"] or ""} for row in passages)
         files[SPACE_PASSAGES] = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
     return Repo(check_repo_id(repo_id), "space", files, tuple(left_out))
+
+
+def public_encoder(name: str) -> tuple[str | None, str]:
+    """Return an encoder as others can load it, and the package to install for it.
+
+    Args:
+        name: A Hub id, a folder, or ``package:NAME/FOLDER``.
+
+    Returns:
+        The name, or None if the encoder is on this machine alone; and the requirement, empty if there is none.
+    """
+    if not name.startswith("package:"):
+        return hub_id(name), ""
+    found = metadata.packages_distributions().get(name.removeprefix("package:").partition("/")[0])
+    return (name, f"{found[0]}=={metadata.version(found[0])}") if found else (None, "")
 
 
 def find_file(name: str) -> Path:

@@ -1,18 +1,16 @@
 """A run's Space: the same first stage and the same weights as in its evaluation, as far as others can load them."""
 
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 import datasets
 import numpy as np
 
 from lce_trainer.artifacts import MANIFEST, read_manifest
-from lce_trainer.hub.cards import RunFacts, hub_id
+from lce_trainer.hub.cards import RunFacts
 from lce_trainer.hub.contents import Repo
 from lce_trainer.hub.privacy import names_only
-from lce_trainer.hub.space import SpaceSettings, space_repo
-from lce_trainer.names import PREFIX
+from lce_trainer.hub.space import SpaceSettings, public_encoder, space_repo
 from lce_trainer.pipeline.run import Run
 from lce_trainer.synthesis.language import find_language
 
@@ -37,7 +35,7 @@ def space_of(run: Run, repo_id: str, facts: RunFacts, include_passages: bool = F
     chosen: dict[str, Any] = run.manifest("model").facts.get("first_stage", {})
     encoder, same_first_stage = None, True
     if "dense" in run.recipe.mine.retrievers and run.recipe.mine.encoder is not None:
-        encoder, package = _public_encoder(run.recipe.mine.encoder)
+        encoder, package = public_encoder(run.recipe.mine.encoder)
         packages += [package] if package else []
         if encoder is None:
             same_first_stage = False
@@ -82,15 +80,6 @@ def space_of(run: Run, repo_id: str, facts: RunFacts, include_passages: bool = F
         passages=sentence,
     )
     return space_repo(repo_id, settings, passages, license=facts.license, packages=packages, left_out=left_out)
-
-
-def _public_encoder(name: str) -> tuple[str | None, str]:
-    """Return an encoder as others can load it, and the package it comes in; None if it is on this machine alone."""
-    if name.startswith(PREFIX):
-        package = name.removeprefix(PREFIX).partition("/")[0]
-        found = metadata.packages_distributions().get(package)
-        return (name, f"{found[0]}=={metadata.version(found[0])}") if found else (None, "")
-    return hub_id(name), ""
 
 
 def _cut(table: datasets.Dataset) -> datasets.Dataset:

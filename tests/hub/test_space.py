@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from lce_trainer.artifacts import read_manifest
 from lce_trainer.cli import main
 from lce_trainer.errors import ConfigError, PublishError
 from lce_trainer.hub.publish import publish
-from lce_trainer.hub.space import SpaceSettings, space_repo
+from lce_trainer.hub.space import SpaceSettings, public_encoder, space_repo
 from lce_trainer.model.reranker import Reranker
 from lce_trainer.model.saving import write_first_stage_weight
 from lce_trainer.pipeline.facts import repos
@@ -355,9 +356,7 @@ def test_a_space_needs_a_published_model(finished):
 
 
 def test_the_first_stage_of_the_space_is_the_one_its_weight_was_found_for(finished, monkeypatch):
-    monkeypatch.setattr(
-        "lce_trainer.pipeline.space._public_encoder", lambda name: ("user/encoder", "some-package==1.0")
-    )
+    monkeypatch.setattr("lce_trainer.pipeline.space.public_encoder", lambda name: ("user/encoder", "some-package==1.0"))
     space = repos(run_of(finished, "publish.model_id=user/fish"))[-1]
     settings = json.loads(space.files["space.json"])
     chosen = read_manifest(finished.root / "model").facts["first_stage"]
@@ -365,6 +364,17 @@ def test_the_first_stage_of_the_space_is_the_one_its_weight_was_found_for(finish
     assert settings["bm25_weight"] == chosen["bm25_weight"]
     assert space.files["requirements.txt"].endswith(b"some-package==1.0\n")
     assert b"user/encoder" in space.files["README.md"]
+
+
+def test_an_encoder_is_public_on_the_hub_or_in_a_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "encoder").mkdir(parents=True)
+    assert public_encoder("user/encoder") == ("user/encoder", "")
+    assert (
+        public_encoder("my/encoder") == public_encoder(str(tmp_path)) == public_encoder("package:none/a") == (None, "")
+    )
+    name = "package:sentence_transformers/folder"
+    assert public_encoder(name) == (name, f"sentence-transformers=={version('sentence-transformers')}")
 
 
 def test_passages_without_a_licence_go_when_that_is_wanted(finished):
