@@ -52,7 +52,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from lce_trainer.artifacts import MANIFEST, digest, file_sha256, read_manifest
 from lce_trainer.errors import ArtifactError, JobError, LCETrainerError
-from lce_trainer.hub.contents import Repo, _hashes, _repo_id
+from lce_trainer.hub.contents import Repo, _hashes, check_repo_id
 from lce_trainer.hub.publish import _explain
 
 logger = logging.getLogger(__name__)
@@ -759,7 +759,7 @@ def _cancel(repo_id: str, job: JobInfo) -> str:
 
 def _checked_id(name: str) -> str:
     try:
-        return _repo_id(name)
+        return check_repo_id(name)
     except LCETrainerError as error:
         raise JobError(f"--run-repo: {error}") from None
 
