@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import median_ratio, save, spread
-from lce_trainer.errors import LLMError
+from lce_trainer.errors import LCETrainerError, LLMError
 from lce_trainer.pipeline.run import Run, open_run
 from lce_trainer.synthesis.judges import ChoiceJudge, LikelihoodJudge
 from lce_trainer.synthesis.llm.protocol import LLM
@@ -78,11 +78,11 @@ def drawn(run: Run, rounds: int, passages: int, queries: int) -> list[tuple[list
         SystemExit: The run has not made them, or too few.
     """
     try:
-        texts = run.table("passages")["text"].to_pylist()
-        of_id = dict(zip(run.table("passages")["passage_id"].to_pylist(), texts, strict=True))
-        asked = dict(zip(*(run.table("queries")[name].to_pylist() for name in ("query_id", "query")), strict=True))
+        texts = run.table("passages")["text"][:]
+        of_id = dict(zip(run.table("passages")["passage_id"][:], texts, strict=True))
+        asked = dict(zip(*(run.table("queries")[name][:] for name in ("query_id", "query")), strict=True))
         rows = run.table("candidates").select_columns(["query_id", "passage_ids"]).to_list()
-    except Exception as error:
+    except LCETrainerError as error:
         raise SystemExit(f"the run has no candidates, make them first: {error}") from None
     order = np.random.default_rng(13)
     some = order.permutation(len(texts))[: rounds * passages]

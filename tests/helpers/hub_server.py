@@ -155,6 +155,7 @@ class Handler(BaseHTTPRequestHandler):
     """Routes a request to the method that answers it, with the named parts of its path."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body of an answer waits 40 ms for the head to be acknowledged
     server: HubServer
     rev = r"/(?P<revision>[^/]+)"  # quoted, so that refs/pr/1 is one part of the path
     api = r"/api/(?P<kind>models|datasets|spaces)/(?P<repo_id>[^/]+/[^/]+)"
