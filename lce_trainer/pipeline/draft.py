@@ -77,7 +77,13 @@ def _values(
         "llm": {"model": llm},
         "generate": {"queries": min(20_000 if on_gpu else 4_000, passages)},
         "mine": {"encoder": encoder, "top_k": min(50, passages)},
-        "label": {"judge": "verdict" if on_gpu else "likelihood", "candidates": min(12, passages), "negatives": 11},
+        "label": {
+            "judge": "verdict" if on_gpu else "likelihood",
+            "candidates": min(12, passages),
+            "negatives": 11,
+            # Of a candidate above the source the soft label says how good it is.
+            **({} if on_gpu else {"false_negatives": "keep"}),
+        },
         "train": {**train, "max_length": max_length, "max_query_length": 48},
         "evaluate": {},
         "publish": {},
