@@ -322,7 +322,7 @@ def test_flags_and_overrides_stand_in_any_order(order, recipe, monkeypatch):
     assert logging.getLogger("lce_trainer").level == logging.DEBUG
 
 
-@pytest.mark.parametrize("words", ["run {r} --dry-run", "run {r} seed=4 --sed=5", "config train mine", "mine {r} -x"])
+@pytest.mark.parametrize("words", ["mine {r} --dry-run", "run {r} seed=4 --sed=5", "config train mine", "mine {r} -x"])
 def test_what_the_command_does_not_know_is_refused_with_its_usage(words, recipe, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(words.format(r=recipe).split())

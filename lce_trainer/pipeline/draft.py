@@ -81,7 +81,7 @@ def _values(
             "judge": "verdict" if on_gpu else "likelihood",
             "candidates": min(12, passages),
             "negatives": 11,
-            # Of a candidate above the source the soft label says how good it is.
+            "bm25_weight": "auto",
             **({} if on_gpu else {"false_negatives": "keep"}),
         },
         "train": {**train, "max_length": max_length, "max_query_length": 48},
@@ -104,6 +104,8 @@ def _comments(passage: str, on_gpu: bool) -> dict[str, str]:
             "    query: what one of your users would type to find it"
         ),
         "label.judge": "For LLMs of billions of parameters." if on_gpu else "For small LLMs; verdict for large ones.",
+        "label.bm25_weight": "How much BM25 adds to the soft labels: chosen on your dev queries, 0 without any.",
+        "label.false_negatives": "A candidate above the source stays: its soft label says how good it is.",
         "train.model": "The model that is fine-tuned: a base, or a reranker that you want to improve.",
         "mine.encoder": "Your embedding model: it finds candidates beside BM25, and is half of the soft labels.",
         "train.distillation_weight": "The soft labels are learned, and not only which passage is the positive.",
