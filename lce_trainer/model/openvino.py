@@ -7,6 +7,7 @@ Scores are computed in float32, also where the processor has bfloat16, which Ope
 float form are the model's own then.
 """
 
+import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,8 @@ def open_openvino(
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "ENABLE_CPU_PINNING": False,  # or the threads of several processes are bound to the same cores
     }
-    model = openvino.Core().compile_model(str(file), "CPU", settings)
+    with _own_signal_stack():
+        model = openvino.Core().compile_model(str(file), "CPU", settings)
     alone = Lock()  # a compiled model works on one batch at a time, and refuses a second
 
     def run(inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -78,7 +80,7 @@ def quantize_openvino(
         sample: Inputs whose activations have the range that int8 is to cover.
         model: What the file was written from.
     """
-    with _without_telemetry():
+    with _without_telemetry(), _own_signal_stack():
         import nncf
         import openvino
 
@@ -91,6 +93,31 @@ def quantize_openvino(
             ignored_scope=nncf.IgnoredScope(patterns=head, validate=False),
         )
         openvino.save_model(quantized, target, compress_to_fp16=False)
+
+
+class _SignalStack(ctypes.Structure):
+    """``stack_t`` of sigaltstack(2), which is laid out in this order on Linux."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def _own_signal_stack() -> Iterator[None]:
+    """Have this thread keep the stack that its signals are handled on.
+
+    Each plugin that OpenVINO loads sets one of its own, and when it goes it sets what it had found: with two of them,
+    which may be the stack of one that is gone already. The next signal, such as that of Ctrl-C, is then a segmentation
+    fault.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    library, before = ctypes.CDLL(None), _SignalStack()
+    library.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        library.sigaltstack(ctypes.byref(before), None)
 
 
 @contextmanager
