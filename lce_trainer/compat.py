@@ -158,6 +158,12 @@ NAMES = (
         ("model", "trial"),
     ),
     Name(
+        "transformers.Trainer._push_from_checkpoint",
+        "training.trainer",
+        "overridden: a checkpoint is pushed when it is sealed, with its manifest",
+        ("checkpoint_folder",),
+    ),
+    Name(
         "transformers.Trainer._save",
         "training.trainer",
         "overridden: what is saved scores alike in every loader, and settings are JSON, not a pickle",

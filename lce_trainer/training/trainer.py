@@ -444,8 +444,15 @@ class LCETrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._prepare_push()
+        self._to_push: str | None = None
         with sealed_checkpoint(self.args, self.state, Path(self._get_output_dir(trial))):
             super()._save_checkpoint(model, trial)
+        if self._to_push is not None:
+            super()._push_from_checkpoint(self._to_push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Uploaded beside the training, so not before it is sealed: files come and go until then.
+        self._to_push = checkpoint_folder
 
     # ---- saving
 

@@ -11,6 +11,7 @@ from helpers.paths import TESTS
 from helpers.ranks import TORCHRUN
 from helpers.sharded import FSDP, KINDS
 from helpers.tiny_models import tiny_model
+from lce_trainer.artifacts import MANIFEST
 
 TRAIN = """
 import os, sys
@@ -116,10 +117,11 @@ def test_each_strategy_pushes_when_it_says(pushed):
     during = {name: sum(text.startswith("Training in progress") for text in messages[name]) for name in messages}
     # Uploads run beside the training, and one that finds its files gone through already makes no commit.
     assert during["end"] == 0 and min(during[name] for name in strategies[1:]) >= 1
-    assert "last-checkpoint/optimizer.pt" in hub.files("model", "user/checkpoint")
-    assert {"checkpoint-1/optimizer.pt", "checkpoint-2/optimizer.pt"} <= hub.files(
-        "model", "user/all_checkpoints"
-    ).keys()
+    for name, folders in (("checkpoint", ["last-checkpoint"]), ("all_checkpoints", ["checkpoint-1", "checkpoint-2"])):
+        files = hub.files("model", f"user/{name}")
+        for folder in folders:  # sealed, so that a run can go on from it
+            sealed = json.loads(files[f"{folder}/{MANIFEST}"])["files"]
+            assert "optimizer.pt" in sealed and {f"{folder}/{file}" for file in sealed} <= files.keys()
     # transformers pickles its arguments where it pushes in the middle of a run, and nowhere else.
     assert "training_args.bin" not in hub.files("model", "user/end")
 
