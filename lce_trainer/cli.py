@@ -54,7 +54,12 @@ command again goes on with its log, and with a job that was interrupted from wha
 """
 _CONVERT_EPILOG = """\
 A modular CrossEncoder of sentence-transformers, such as Ettin's, becomes the AutoModelForSequenceClassification that
-computes the same scores; adapters are merged into their base. What cannot be converted exactly is refused.
+computes the same scores; adapters are merged into their base. What cannot be converted exactly is refused. With
+--modular a ModernBERT reranker is written as modules again, for who goes on with it in sentence-transformers.
+
+examples:
+  lce-trainer convert you/modular-reranker plain
+  lce-trainer convert runs/mine/model modules --modular
 """
 _EXPORT_EPILOG = """\
 The file is onnx/model.onnx or openvino/openvino_model.xml beside config.json and the tokenizer: in the model's own
@@ -255,6 +260,9 @@ def parser() -> argparse.ArgumentParser:
     convert = add("convert", "write a reranker as a plain checkpoint, without training", _CONVERT_EPILOG)
     convert.add_argument("source", help="a Hub id or folder: a modular CrossEncoder, or adapters with their base")
     convert.add_argument("folder", type=Path, help="the folder to write, new or empty")
+    convert.add_argument(
+        "--modular", action="store_true", help="write a modular CrossEncoder of sentence-transformers (ModernBERT)"
+    )
     check = add("check", "try what loads a model, and whether it then scores the same", _CHECK_EPILOG)
     check.add_argument("model", help="Hub id or folder of a reranker")
     export = add(
@@ -366,7 +374,7 @@ def _run(arguments: argparse.Namespace) -> int:
             print(_init(arguments.corpus, arguments.output, arguments.overrides))
             return 0
         if arguments.command == "convert":
-            print(_convert(arguments.source, arguments.folder))
+            print(_convert(arguments.source, arguments.folder, arguments.modular))
             return 0
         if arguments.command == "check":
             print(_check(arguments.model))
@@ -483,16 +491,17 @@ def _init(corpus: str, output: Path, overrides: Sequence[str]) -> str:
     )
 
 
-def _convert(source: str, folder: Path) -> str:
-    """Write a reranker as a plain checkpoint and return what was written."""
+def _convert(source: str, folder: Path, modular: bool) -> str:
+    """Write a reranker as a plain checkpoint, or as modules, and return what was written."""
     from lce_trainer.errors import ConfigError
     from lce_trainer.model.reranker import Reranker
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty: name a new folder, so that nothing is overwritten")
     reranker = Reranker.from_pretrained(source, device="cpu", packing="none")
-    reranker.save_pretrained(folder)
-    return f"Wrote {folder}, a plain {type(reranker.model).__name__} that scores as {source} does."
+    reranker.save_pretrained(folder, modular=modular)
+    what = "modular CrossEncoder" if modular else f"plain {type(reranker.model).__name__}"
+    return f"Wrote {folder}, a {what} that scores as {source} does."
 
 
 def _check(name: str) -> str:

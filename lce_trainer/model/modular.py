@@ -4,21 +4,25 @@ From its release 5.4 on sentence-transformers saves rerankers such as Ettin's as
 ``Dense``, ``LayerNorm`` and ``Dense``, each in its own folder, with a base model in the first. Where transformers'
 classification head of the family computes the same function, the weights of the modules become those of that head:
 the first ``Dense`` with its activation, the norm, and the classifier. If the head's norm has no bias, the norm's bias
-goes through the classifier's weight into the classifier's bias, which is exact but for rounding.
+goes through the classifier's weight into the classifier's bias, which is exact but for rounding. The way back,
+:func:`save_modular`, is sentence-transformers' own.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lce_trainer.compat import find_file
-from lce_trainer.errors import TrainingError
+from lce_trainer.errors import ConfigError, TrainingError
 from lce_trainer.model.crossencoder import read_json
 from lce_trainer.model.families import family_of
+from lce_trainer.model.saving import set_scoring_config
 from lce_trainer.names import failed
 
 _KINDS = ["Transformer", "Pooling", "Dense", "LayerNorm", "Dense"]
@@ -132,6 +136,56 @@ def set_head(model: PreTrainedModel, head: ModularHead) -> set[str]:
         for key, value in new.items():
             model.get_parameter(key).copy_(value)
     return set(new)
+
+
+def save_modular(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path) -> None:
+    """Write a reranker as a modular CrossEncoder, by sentence-transformers' own classes; it gives raw logits.
+
+    Args:
+        model: A plain classifier whose head the modules can say.
+        tokenizer: The model's.
+        max_length: Tokens of a pair that it reads at most.
+        folder: Made if it is missing.
+
+    Raises:
+        TrainingError: The head is built otherwise.
+        ConfigError: sentence-transformers is not installed.
+    """
+    config = model.config
+    if not family_of(config).has_normed_head:
+        raise TrainingError(
+            f"a {config.model_type} model is not saved as modules: its head is no dense layer, norm and classifier over a "
+            "pooled token, as ModernBERT's is; save it plain"
+        )
+    known = {name: kind for kind, name in _ACTIVATIONS.items()}
+    if config.classifier_activation not in known or config.norm_eps != _EPSILON:
+        raise TrainingError(
+            f"the head's activation {config.classifier_activation} or the {config.norm_eps} that its norm adds to the "
+            f"variance cannot be said in modules ({', '.join(known)}; {_EPSILON}): save it plain"
+        )
+    try:
+        from sentence_transformers import CrossEncoder
+        from sentence_transformers.base.modules import Dense, Transformer
+        from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+    except ImportError:
+        raise ConfigError("modules are written by sentence-transformers: pip install 'lce-trainer[dense]'") from None
+    set_scoring_config(model, tokenizer, max_length)
+    with TemporaryDirectory() as base:
+        model.base_model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        transformer = Transformer(base, model_kwargs={"dtype": model.dtype})
+    width = config.hidden_size
+    activation = getattr(torch.nn, known[config.classifier_activation].rpartition(".")[2])()
+    dense = Dense(width, width, bias=config.classifier_bias, activation_function=activation)
+    norm = LayerNorm(width)
+    classifier = Dense(width, 1, activation_function=torch.nn.Identity(), module_output_name="scores")
+    dense.linear.load_state_dict(model.head.dense.state_dict())
+    norm.norm.load_state_dict(model.head.norm.state_dict(), strict=config.norm_bias)  # without one it is 0
+    classifier.linear.load_state_dict(model.classifier.state_dict())
+    modules = [transformer, Pooling(width, config.classifier_pooling), dense, norm, classifier]
+    CrossEncoder(modules=[module.to(model.dtype) for module in modules], device="cpu").save_pretrained(
+        str(folder), create_model_card=False
+    )
 
 
 def _weight(head: ModularHead, place: int, key: str, shape: tuple[int, ...]) -> Tensor:

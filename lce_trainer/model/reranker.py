@@ -14,6 +14,7 @@ from lce_trainer.errors import ConfigError, TrainingError
 from lce_trainer.hardware import DTYPES, best_device
 from lce_trainer.model.families import float32_head
 from lce_trainer.model.loading import configure_pairs, load_model, load_tokenizer, longest_input
+from lce_trainer.model.modular import save_modular
 from lce_trainer.model.packed.packing import batch_scores, disable_packing, enable_packing
 from lce_trainer.model.saving import save_reranker
 from lce_trainer.model.scoring import score_pairs, tokens_at_once
@@ -146,17 +147,25 @@ class Reranker:
             special_tokens_in_texts=special_tokens_in_texts,
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, modular: bool = False) -> None:
         """Write a plain checkpoint; adapters that were loaded are part of it.
 
+        Args:
+            folder: Made if it is missing.
+            modular: Write the modules of sentence-transformers instead, as Ettin's rerankers have them, see
+                :func:`lce_trainer.model.modular.save_modular`.
+
         Raises:
-            TrainingError: The backend is not torch, and its file is no checkpoint.
+            TrainingError: The backend is not torch, and its file is no checkpoint; or the head cannot be said in
+                modules.
+            ConfigError: Modules are wanted, and sentence-transformers is not installed.
         """
         if not hasattr(self.model, "save_pretrained"):
             raise TrainingError(
                 "an exported file cannot be saved as a checkpoint: copy its folder, or load the model with torch"
             )
-        save_reranker(self.model, self.tokenizer, self.max_length, Path(folder))
+        save = save_modular if modular else save_reranker
+        save(self.model, self.tokenizer, self.max_length, Path(folder))
 
     def score(
         self,

@@ -391,7 +391,9 @@ def _ask(
     # Only digests are kept: all prompts at once would fill the memory.
     keys = [key(*item) for item in tqdm(items, desc="preparing", unit=" pairs", delay=5)]
     order = np.argsort(turn, kind="stable")
-    batches = [[int(order[place]) for place in batch] for batch in plan_batches([belongs[i] for i in order], seed)]
+    # All of the work is one window: no group is made before the last answer, so no prefix need be whole queries.
+    plan = plan_batches([belongs[i] for i in order], seed, window=len(order))
+    batches = [[int(order[place]) for place in batch] for batch in plan]
 
     def call(batch: Sequence[int], each: Each) -> Sequence[float | None]:
         return score([items[index] for index in batch], each)

@@ -18,6 +18,7 @@ from lce_trainer.errors import TrainingError
 from lce_trainer.model.loading import has_head
 from lce_trainer.model.packed.packing import packs
 from lce_trainer.model.reranker import Reranker
+from lce_trainer.model.saving import write_first_stage_weight
 from lce_trainer.training.arguments import LCETrainingArguments
 from lce_trainer.training.trainer import LCETrainer
 
@@ -119,6 +120,31 @@ def test_the_trainer_keeps_the_head_and_saves_a_plain_checkpoint(modular, tmp_pa
     np.testing.assert_allclose(Reranker.from_pretrained(tmp_path, device="cpu").score(pairs), scores, rtol=0, atol=1e-6)
     np.testing.assert_allclose(crossed(tmp_path, pairs), scores, rtol=0, atol=1e-5)
     assert np.abs(scores - crossed(modular, pairs)).max() > 1e-4
+
+
+@pytest.mark.parametrize("settings", [{}, {"pooling": "mean", "bias": True, "activation": torch.nn.SiLU()}], ids=str)
+def test_a_trained_model_goes_back_into_modules_with_its_scores_and_settings(settings, tmp_path):
+    source, pairs = save_modular(tmp_path, **settings), pairs_of_all_lengths()
+    assert main(["convert", str(source), str(tmp_path / "plain")]) == 0
+    write_first_stage_weight(tmp_path / "plain", 0.75)
+    plain = Reranker.from_pretrained(tmp_path / "plain", device="cpu", max_length=40)
+    plain.save_pretrained(tmp_path / "again", modular=True)
+    kinds = [module["type"].rpartition(".")[2] for module in json.loads((tmp_path / "again/modules.json").read_text())]
+    assert kinds == ["Transformer", "Pooling", "Dense", "LayerNorm", "Dense"]
+    again = Reranker.from_pretrained(tmp_path / "again", device="cpu")
+    assert again.max_length == 40 and again.model.config.first_stage_weight == 0.75
+    wanted = plain.score(pairs)
+    np.testing.assert_allclose(again.score(pairs), wanted, rtol=0, atol=1e-6)
+    from sentence_transformers import CrossEncoder
+
+    theirs = CrossEncoder(str(tmp_path / "again"), device="cpu")  # raw, with no setting of the caller's
+    np.testing.assert_allclose(theirs.predict(pairs, show_progress_bar=False), wanted, rtol=0, atol=1e-6)
+
+
+def test_a_head_that_modules_cannot_say_is_refused(tiny_reranker, tmp_path, capsys):
+    assert main(["convert", str(tiny_reranker), str(tmp_path / "modules"), "--modular"]) == 2
+    assert "a bert model is not saved as modules" in capsys.readouterr().err
+    assert not (tmp_path / "modules").exists()
 
 
 def edit(folder, name, **settings):

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 TOP_TOKENS = 20  # the model abstains when no option is among these; a server reports no more
 # Tokens of a forward pass by default: on a CPU what stays in its caches, on an accelerator what keeps it busy.
 _CPU_TOKENS, _GPU_TOKENS = 1024, 16384
-_WRITING = 4  # forward passes' worth of prompts that are written on together; each step reads all weights
+_WRITING = 16  # forward passes' worth of prompts that are written on together; each step reads all weights
 _LOGSUMEXP_ROWS = 32  # of logits in float32 at once; one row is the whole vocabulary
 _LOGSUMEXP_BYTES = 2**22  # of logits in float32 at once on a CPU: what fits its cache takes a third of the time
 

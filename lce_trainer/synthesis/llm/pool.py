@@ -165,6 +165,10 @@ class Pool:
         Raises:
             LLMError: A request has no answer; those in flight are given up.
         """
+        answers: list[Any] = [None] * len(requests)
+        left = iter(range(len(requests)))
+        # Some of those that are under way wait before they are tried again, and hold up no other.
+        at_once = 2 * sum(lane.most for lane in self._lanes)
 
         async def every() -> list[Any]:
             self._waiting.clear()
@@ -173,15 +177,17 @@ class Pool:
                 lane.in_flight = 0
             async with self._session() as session:
 
-                async def one(index: int) -> Any:
-                    answer = await self._patiently(session, requests[index])
-                    if done is not None:
-                        done(index, answer)
-                    return answer
+                async def send() -> None:
+                    for index in left:
+                        answers[index] = await self._patiently(session, requests[index])
+                        if done is not None:
+                            done(index, answers[index])
 
-                tasks = [asyncio.ensure_future(one(index)) for index in range(len(requests))]
+                # A task for each request would take its time before the first is sent.
+                tasks = [asyncio.ensure_future(send()) for _ in range(min(len(requests), at_once))]
                 try:
-                    return list(await asyncio.gather(*tasks))
+                    await asyncio.gather(*tasks)
+                    return answers
                 finally:  # once one has failed for good, the others are not worth their cost
                     for task in tasks:
                         task.cancel()

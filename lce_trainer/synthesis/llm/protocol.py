@@ -36,7 +36,9 @@ class LLMConfig:
         None, "Tokens of prompt a forward pass holds at most (local models); null: 1024 on a CPU, 16384 elsewhere."
     )
     concurrency: int = option(
-        64, "Requests in flight at each server at most; fewer are sent while a server is busy or slow (endpoint)."
+        128,
+        "Requests in flight at each server at most: 64 to begin with, more while answers do not take longer for it, "
+        "fewer while a server is busy or slow (endpoint).",
     )
     timeout: float = option(60.0, "Seconds to wait for one answer (endpoint).")
     retries: int = option(5, "Tries of one request that a server answers with an error (endpoint).")
