@@ -154,8 +154,8 @@ def save_modular(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max
     config = model.config
     if not family_of(config).has_normed_head:
         raise TrainingError(
-            f"a {config.model_type} model is not saved as modules: its head is no dense layer, norm and classifier over "
-            "a pooled token, as ModernBERT's is; save it plain"
+            f"a {config.model_type} model is not saved as modules: its head is no dense layer, norm and classifier "
+            "over a pooled token, as ModernBERT's is; save it plain"
         )
     known = {name: kind for kind, name in _ACTIVATIONS.items()}
     if config.classifier_activation not in known or config.norm_eps != _EPSILON:
