@@ -257,7 +257,8 @@ def held_out_texts(run: Run) -> dict[str, list[str]]:
 def first_stage_shape(run: Run) -> dict[str, str | None]:
     """Return what decides which candidates the first stage brings, for the manifests of what depends on it."""
     encoder = run.encoder
-    return {"retrievers": "+".join(run.recipe.mine.retrievers), "encoder": None if encoder is None else encoder.name}
+    shape = {"retrievers": "+".join(run.recipe.mine.retrievers), "encoder": None if encoder is None else encoder.name}
+    return {**shape, "search": "clusters"} if run.searches_clusters else shape
 
 
 def dev_groups(run: Run, top_k: int, limit: int | None) -> datasets.Dataset:

@@ -38,6 +38,7 @@ from lce_trainer.synthesis.llm.protocol import LLM
 from lce_trainer.synthesis.llm.ranks import RankedLLM, Ranks, dismiss, follow
 from lce_trainer.synthesis.prompts import Prompt, load_prompt
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
+from lce_trainer.synthesis.retrieval.clusters import Clusters
 from lce_trainer.synthesis.retrieval.dense import DenseIndex, Encoder
 from lce_trainer.synthesis.retrieval.hybrid import FirstStage
 from lce_trainer.training.arguments import LCETrainingArguments
@@ -99,12 +100,22 @@ class Run:
         mine = self.recipe.mine
         return Encoder(mine.encoder) if mine.encoder is not None and "dense" in mine.retrievers else None
 
+    @property
+    def searches_clusters(self) -> bool:
+        """Whether dense retrieval looks through clusters of passages, as there are too many to compare all."""
+        if self.encoder is None or not (self.root / "passages" / MANIFEST).is_file() or not Clusters.are_available():
+            return False
+        passages: int = self.manifest("passages").counts["passages"]
+        return passages > self.recipe.mine.exact_up_to
+
     @cached_property
     def first_stage(self) -> FirstStage:
         """What brings candidates from the passages."""
         folder = self.root / "passages"
         bm25 = BM25Index.load(folder / "bm25") if "bm25" in self.recipe.mine.retrievers else None
         dense = DenseIndex.load(folder / "dense", self.encoder) if self.encoder is not None else None
+        if dense is not None and self.searches_clusters:
+            dense.clusters = Clusters.load(folder / "clusters")
         return FirstStage(self.manifest("passages").counts["passages"], bm25, dense)
 
     def table(self, name: str, split: str = "train") -> datasets.Dataset:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lce_trainer.artifacts import MANIFEST
+from lce_trainer.artifacts import MANIFEST, read_manifest
 from lce_trainer.errors import ConfigError, LLMError, PublishError
 from lce_trainer.evaluation.judged import read_queries
 from lce_trainer.hub.publish import Published
@@ -51,6 +51,7 @@ from lce_trainer.synthesis.llm.endpoint import EndpointLLM
 from lce_trainer.synthesis.llm.protocol import Need
 from lce_trainer.synthesis.queries import GenerateConfig, check_styles, generate_queries, prompt_name
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
+from lce_trainer.synthesis.retrieval.clusters import READ
 from lce_trainer.synthesis.retrieval.dense import DenseIndex, Encoder
 from lce_trainer.synthesis.retrieval.mining import mine_candidates
 
@@ -122,6 +123,16 @@ def _read_corpus(run: Run) -> None:
         made_from = {"passages": run.manifest("passages").digest}
         if is_stale(folder / "dense", "dense", {"encoder": encoder.name}, made_from):
             DenseIndex.build(run.table("passages"), folder / "dense", encoder, made_from)
+        if run.searches_clusters:
+            vectors = {"dense": read_manifest(folder / "dense", "dense").digest}
+            if is_stale(folder / "clusters", "clusters", {"read": READ}, vectors):
+                DenseIndex.load(folder / "dense", encoder).build_clusters(folder / "clusters", vectors)
+        elif run.manifest("passages").counts["passages"] > run.recipe.mine.exact_up_to:
+            logger.warning(
+                "mine.exact_up_to is %s: without faiss a query is compared with all passages all the same, which takes "
+                "longer; pip install 'lce-trainer[ann]'",
+                f"{run.recipe.mine.exact_up_to:,}",
+            )
 
 
 def generate(run: Run, dry_run: bool = False) -> None:
@@ -195,7 +206,8 @@ def mine(run: Run) -> None:
         found, counts = mine_candidates(queries, run.table("passages"), run.first_stage, config)
         return {"train": found}, {**counts, **left_out}, {}
 
-    shape = {**asdict(config), "encoder": None, **first_stage_shape(run), **held_out_shape(run)}
+    settings = {key: value for key, value in asdict(config).items() if key != "exact_up_to"}  # see first_stage_shape
+    shape = {**settings, "encoder": None, **first_stage_shape(run), **held_out_shape(run)}
     run.make("candidates", shape, ("passages", "queries"), work)
 
 

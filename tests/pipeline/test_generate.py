@@ -1,5 +1,6 @@
 """How a recipe's queries are written: styles, personas, the user's own queries, filters and the gauge, for real."""
 
+import numpy as np
 import pytest
 
 from helpers.tiny_recipe import write_recipe
@@ -86,3 +87,24 @@ def test_a_dry_run_quotes_the_queries_after_a_sample_of_styles_and_names_what_it
     run = open_run(recipe, [*settings, "generate.styles=auto"])
     with pytest.raises(QuoteReadyError, match=r"^40 calls are left of 120: "):  # after 20 in each of four styles
         stages.generate(run, dry_run=True)
+
+
+def test_a_corpus_too_large_to_compare_all_of_it_is_searched_in_clusters(recipe, tmp_path, caplog, monkeypatch):
+    pytest.importorskip("faiss", reason="of the extra ann")
+    settings = [f"mine.encoder={recipe.parent / 'encoder'}", "generate.queries=12", f"run_dir={tmp_path / 'run'}"]
+    exact = open_run(recipe, settings)
+    stages.generate(exact)
+    stages.mine(exact)
+    wanted = exact.table("candidates")["passage_ids"][:]
+    assert "search" not in exact.manifest("candidates").config
+    clustered = open_run(recipe, [*settings, "mine.exact_up_to=50"])
+    stages.read_corpus(clustered)
+    assert len(clustered.first_stage.retrievers["dense"].clusters.search(np.ones((1, 32), np.float32), 5)[0]) == 5
+    stages.generate(clustered)
+    stages.mine(clustered)
+    assert clustered.manifest("candidates").config["search"] == "clusters"
+    assert clustered.table("candidates")["passage_ids"][:] == wanted  # all clusters of so few passages are read
+    monkeypatch.setattr("lce_trainer.synthesis.retrieval.clusters.find_spec", lambda name: None)
+    without = open_run(recipe, [*settings, "mine.exact_up_to=50"])
+    stages.generate(without)
+    assert "compared with all passages all the same" in caplog.text and not without.searches_clusters

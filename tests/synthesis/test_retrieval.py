@@ -22,6 +22,7 @@ from lce_trainer.errors import ArtifactError, ConfigError, CorpusError
 from lce_trainer.evaluation.metrics import ranking_metrics
 from lce_trainer.names import resolve_model
 from lce_trainer.synthesis.retrieval.bm25 import BM25Index
+from lce_trainer.synthesis.retrieval.clusters import Clusters
 from lce_trainer.synthesis.retrieval.dense import DenseIndex, Encoder
 from lce_trainer.synthesis.retrieval.hybrid import FirstStage, MineConfig
 from lce_trainer.synthesis.retrieval.mining import mine_candidates
@@ -316,6 +317,40 @@ def test_the_nearest_passages_are_found_exactly_in_any_blocks(encoder: Path, tmp
     np.testing.assert_allclose(given, cosines[pairs[:, 0], pairs[:, 1]], atol=1e-5)
     rows, _ = index.search(asked, 100, progress=False)
     assert ((rows >= 0).sum(axis=1) == 60).all()
+
+
+def test_clusters_bring_nearly_all_of_the_nearest_passages_with_exact_cosines(tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="of the extra ann")
+
+    class Given:
+        name = "given"
+
+        def queries(self, texts: list[str], *, progress: bool = True) -> np.ndarray:
+            return asked[: len(texts)]
+
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(300, 32))
+    vectors, asked = (
+        (means[rng.integers(0, 300, n)] + 0.7 * rng.normal(size=(n, 32))).astype(np.float32) for n in (20_000, 60)
+    )
+    for some in (vectors, asked):
+        some /= np.linalg.norm(some, axis=1, keepdims=True)
+    index = DenseIndex(vectors, Given())
+    texts = [""] * len(asked)
+    exact, cosines = index.search(texts, 50, progress=False)
+    index.build_clusters(tmp_path / "clusters", {"dense": "d"})
+    found, scores = index.search(texts, 50, progress=False)
+    assert np.mean([len(np.intersect1d(*pair)) / 50 for pair in zip(exact, found, strict=True)]) > 0.97
+    np.testing.assert_allclose(scores, np.einsum("qd,qkd->qk", asked, vectors[found]), atol=1e-6)
+    assert (np.diff(scores, axis=1) <= 0).all() and (scores[:, 0] <= cosines[:, 0] + 1e-6).all()
+    index.clusters = Clusters.load(tmp_path / "clusters")
+    np.testing.assert_array_equal(index.search(texts, 50, progress=False)[0], found)
+    rows, _ = index.search(texts, 30_000, progress=False)  # more than the clusters that are looked through hold
+    assert (rows[:, :50] == found).mean() > 0.99 and (rows[:, -1] == -1).all()
+    file = tmp_path / "clusters" / "clusters.faiss"
+    file.write_bytes(b"x" * file.stat().st_size)
+    with pytest.raises(ArtifactError, match=r"clusters\.faiss"):
+        Clusters.load(tmp_path / "clusters")
 
 
 def test_vectors_of_another_encoder_or_damaged_ones_are_refused(encoder: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lce_trainer.compat import find_file
 from lce_trainer.errors import ArtifactError, ConfigError
 from lce_trainer.hardware import best_device, multiplies_bfloat16
 from lce_trainer.names import load_checkpoint, load_tokenizer_files, model_name, resolve_model
+from lce_trainer.synthesis.retrieval.clusters import Clusters
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +126,18 @@ def _check_checkpoint(name: str, path: str) -> None:
 
 
 class DenseIndex:
-    """Passage vectors on disk, memory-mapped, searched exactly by matrix product."""
+    """Passage vectors on disk, memory-mapped, searched exactly by matrix product.
+
+    Attributes:
+        encoder: Embeds queries.
+        clusters: Where there are some, a search looks for candidates in them; cosines are exact all the same.
+    """
 
     def __init__(self, vectors: np.ndarray, encoder: Encoder) -> None:
         """Wrap loaded vectors; see :meth:`build` and :meth:`load`."""
         self._vectors = vectors
         self.encoder = encoder
+        self.clusters: Clusters | None = None
 
     @classmethod
     def build(
@@ -199,6 +206,10 @@ class DenseIndex:
         """Return the number of passages."""
         return len(self._vectors)
 
+    def build_clusters(self, path: Path, inputs: Mapping[str, str] | None = None) -> None:
+        """Group the passages for searches that are not exact, see :class:`Clusters`."""
+        self.clusters = Clusters.build(self._vectors, path, inputs)
+
     def search(self, queries: Sequence[str], k: int, *, progress: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Find the passages whose vectors are nearest to each query's; of equal ones the first.
 
@@ -216,18 +227,41 @@ class DenseIndex:
         rows = np.full((len(queries), k), -1, dtype=np.int64)
         scores = np.zeros((len(queries), k), dtype=np.float32)
         vectors = self.encoder.queries(queries, progress=progress)
-        for start in range(0, len(queries), _QUERIES):
-            block = torch.from_numpy(vectors[start : start + _QUERIES])
-            best = torch.empty((len(block), 0))
-            at = torch.empty((len(block), 0), dtype=torch.int64)
-            for first in range(0, len(self), _PASSAGES):
-                found = block @ torch.from_numpy(np.array(self._vectors[first : first + _PASSAGES])).T
-                top = found.topk(min(k, found.shape[1]), dim=1)
-                best, at = torch.cat([best, top.values], 1), torch.cat([at, top.indices + first], 1)
-            order = np.lexsort((at.numpy(), -best.numpy()))[:, :k]
-            rows[start : start + len(block), : order.shape[1]] = np.take_along_axis(at.numpy(), order, 1)
-            scores[start : start + len(block), : order.shape[1]] = np.take_along_axis(best.numpy(), order, 1)
+        if self.clusters is None:
+            found, cosines = self._search_all(vectors, min(k, len(self)))
+        else:
+            found, cosines = self._search_clusters(vectors, k)
+        order = np.lexsort((found, -cosines))[:, :k]
+        rows[:, : order.shape[1]] = np.take_along_axis(found, order, 1)
+        scores[:, : order.shape[1]] = np.take_along_axis(cosines, order, 1)
+        scores[rows < 0] = 0.0
         return rows, scores
+
+    def _search_all(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows and cosines of the k nearest of all passages, in no order, each of shape ``(queries, k)``."""
+        device = best_device()
+        queries = torch.from_numpy(vectors)
+        rows = torch.zeros((len(queries), 0), dtype=torch.int64)
+        cosines = torch.zeros((len(queries), 0))
+        for first in range(0, len(self), _PASSAGES):  # each vector is read from the disk once
+            block = torch.from_numpy(np.array(self._vectors[first : first + _PASSAGES])).to(device)
+            tops = [(part.to(device) @ block.T).topk(min(k, len(block))) for part in torch.split(queries, _QUERIES)]
+            cosines = torch.cat([cosines, torch.cat([top.values.cpu() for top in tops])], 1)
+            rows = torch.cat([rows, torch.cat([top.indices.cpu() for top in tops]) + first], 1)
+            # Sorted stably, so of equal ones the first stay.
+            best = cosines.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            cosines, rows = cosines.gather(1, best), rows.gather(1, best)
+        return rows.numpy(), cosines.numpy()
+
+    def _search_clusters(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows and exact cosines of what clusters bring, shape ``(queries, at least k)``; row -1 for nothing."""
+        assert self.clusters is not None
+        rows = self.clusters.search(vectors, k + max(k // 2, 20))  # some more, as these are ranked by rounded vectors
+        cosines = np.empty(rows.shape, dtype=np.float32)
+        for start in range(0, len(rows), _QUERIES):
+            part = slice(start, start + _QUERIES)
+            cosines[part] = np.einsum("qd,qkd->qk", vectors[part], self._vectors[rows[part]])
+        return rows, np.where(rows < 0, -np.inf, cosines)
 
     def similarity(self, queries: Sequence[str], query: np.ndarray, passage: np.ndarray) -> np.ndarray:
         """Return the cosine of given pairs, float32, shape ``(pairs,)``.

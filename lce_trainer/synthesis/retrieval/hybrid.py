@@ -33,6 +33,12 @@ class MineConfig:
         "A candidate whose cosine with the query is above this share of the source passage's is left out, as it may "
         "answer the query too (0.95 in NV-Retriever, arXiv 2407.15831); null leaves that to the judge.",
     )
+    exact_up_to: int = option(
+        1_000_000,
+        "Passages up to which a query is compared with all of them in dense retrieval. Of a larger corpus faiss (extra "
+        "ann) looks through the clusters of passages that are nearest to the query, which misses one now and then; "
+        "without faiss all are compared.",
+    )
     same_document: bool = option(False, "Keep other passages of the source passage's own document as candidates.")
 
     @property
