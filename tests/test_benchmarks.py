@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks import feed, growth, infer, peers, train
+from benchmarks import feed, growth, infer, peers, scale, train
 from benchmarks.data import RANDOM, RAW_SCORES, prepare_checkpoint
 from benchmarks.loss_curves import LIMIT, OBJECTIVES, compare, largest_difference
 from benchmarks.measure import save, slope
 from benchmarks.roofline import counted_linear_flops, model_flops
-from helpers.paths import SHARED_DATA
+from helpers.paths import ROOT, SHARED_DATA
 from helpers.tiny import WORDS, build_model, build_tokenizer
 from lce_trainer import LCETrainer
 
@@ -174,3 +174,16 @@ def test_a_picture_is_drawn_of_what_there_is(tmp_path):
     save(tmp_path, "train", {}, {"fp32": {"trainers": rows}}, {})
     save(tmp_path, "growth", {}, {"mine": {10: {"seconds": 1.0, "own": 2.0}, 100: {"seconds": 2.0, "own": 2.0}}}, {})
     assert plot.draw(tmp_path).stat().st_size > 1000
+
+
+def test_the_page_on_scale_holds_what_its_model_says(capsys):
+    scale.main([])
+    table = capsys.readouterr().out.strip()
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert table in page
+    for stage in scale.STAGES.values():
+        assert stage.source in page
+    with pytest.raises(SystemExit):
+        scale.main(["--rate", "thinking=3"])
+    scale_of_two = scale.hours(scale.STAGES["judge"], 170 * 3600, 2)
+    assert scale_of_two == pytest.approx(1 / (2 * scale.SHARE))

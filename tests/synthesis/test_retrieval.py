@@ -76,6 +76,15 @@ def test_equal_passages_keep_their_order_at_every_depth(tmp_path: Path) -> None:
         np.testing.assert_array_equal(rows, whole[:, :k])
 
 
+def test_several_threads_find_the_same(tmp_path: Path, monkeypatch) -> None:
+    index = BM25Index.build(passages_of(random_texts(300, 5)), tmp_path)
+    queries = [*random_texts(40, 6), "", "unknownword"]
+    wanted = index.search(queries, 7, progress=False)
+    monkeypatch.setattr("lce_trainer.synthesis.retrieval.bm25._WORTH_THREADS", 0)
+    for one, other in zip(wanted, index.search(queries, 7, progress=False), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_query_of_unknown_words_finds_nothing(tmp_path: Path) -> None:
     index = BM25Index.build(passages_of(TEXTS), tmp_path)
     rows, scores = index.search(["the of", "quark", "", "x", "fish"], 3)

@@ -3,12 +3,14 @@
 import logging
 from array import array
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import bm25s
 import datasets
 import numpy as np
 import Stemmer
+import torch
 from bm25s.tokenization import Tokenized, Tokenizer
 from tqdm.auto import tqdm
 
@@ -23,6 +25,7 @@ logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 _BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 _INDEX_FILES = [*(f"{name}.csc.index.npy" for name in ("data", "indices", "indptr"))]
 _INDEX_FILES += ["params.index.json", "vocab.index.json"]
+_WORTH_THREADS = 300_000  # passages: below, Python's part of a search is the larger one
 
 
 class BM25Index:
@@ -134,13 +137,20 @@ class BM25Index:
             raise ConfigError(f"a search for {k} passages finds none: top_k must be 1 or more")
         rows = np.full((len(queries), k), -1, dtype=np.int64)
         scores = np.zeros((len(queries), k), dtype=np.float32)
-        for i, query in enumerate(tqdm(queries, desc="searching", unit=" queries", disable=not progress)):
-            ids = self._words.ids(query)
-            if ids:
-                found = self._scores.get_scores_from_ids(ids)
+        words = [self._words.ids(query) for query in queries]
+
+        def find(place: int) -> None:
+            if words[place]:
+                found = self._scores.get_scores_from_ids(words[place])
                 best = _best(found, k)
-                rows[i, : len(best)] = best
-                scores[i, : len(best)] = found[best]
+                rows[place, : len(best)] = best
+                scores[place, : len(best)] = found[best]
+
+        threads = torch.get_num_threads() if len(self) >= _WORTH_THREADS else 1
+        with ThreadPoolExecutor(threads) as pool:
+            work = map(find, range(len(queries))) if threads == 1 else pool.map(find, range(len(queries)))
+            for _ in tqdm(work, total=len(queries), desc="searching", unit=" queries", disable=not progress):
+                pass
         return rows, scores
 
     def similarity(self, queries: Sequence[str], query: np.ndarray, passage: np.ndarray) -> np.ndarray:
