@@ -1,6 +1,7 @@
 """Rerank candidates, compare systems on human judgments, say how sure the figures are."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import datasets
@@ -249,7 +250,7 @@ def fuse(run_a: Run, run_b: Run, weight: float = 0.5) -> dict[str, dict[str, flo
     return fused
 
 
-def choose_weight(run_a: Run, run_b: Run, qrels: Qrels) -> tuple[float, dict[float, float]]:
+def choose_weight(run_a: Run, run_b: Run, qrels: Qrels, *, cautious: bool = False) -> tuple[float, dict[float, float]]:
     """Choose the weight of :func:`fuse` that ranks best.
 
     nDCG@10 is smoothed over neighbouring weights, since the best of many noisy figures is too good to be true.
@@ -258,15 +259,24 @@ def choose_weight(run_a: Run, run_b: Run, qrels: Qrels) -> tuple[float, dict[flo
         run_a: Scores by query and document, on queries that nothing is reported on.
         run_b: Likewise.
         qrels: Their judgments.
+        cautious: Take the lowest weight whose figure is less than one standard error (of the difference, paired by
+            query) below that of the best: few queries may like ``run_a`` more than others will.
 
     Returns:
         The weight of ``run_a``, and the mean nDCG@10 by weight, from 0 to 1.
     """
     weights = [round(0.05 * step, 2) for step in range(21)]
-    ndcg = np.array([mean_ndcg(fuse(run_a, run_b, weight), qrels) for weight in weights])
+    by_query = np.array(
+        [list(ranking_metrics(fuse(run_a, run_b, weight), qrels)["ndcg@10"].values()) for weight in weights]
+    )
+    ndcg = by_query.mean(axis=1)
     padded = np.pad(ndcg, 2, mode="edge")
-    smoothed = np.convolve(padded, np.ones(5) / 5, mode="valid")
-    return weights[int(smoothed.argmax())], dict(zip(weights, ndcg.tolist(), strict=True))
+    best = int(np.convolve(padded, np.ones(5) / 5, mode="valid").argmax())
+    if cautious and by_query.shape[1] > 1:
+        behind = by_query[best] - by_query[: best + 1]
+        error = behind.std(axis=1, ddof=1) / math.sqrt(by_query.shape[1])
+        best = int(np.flatnonzero(behind.mean(axis=1) <= error)[0])
+    return weights[best], dict(zip(weights, ndcg.tolist(), strict=True))
 
 
 def _standardize(scores: Mapping[str, float], doc_ids: Sequence[str]) -> np.ndarray:

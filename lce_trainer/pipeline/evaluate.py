@@ -304,15 +304,17 @@ def compare_on_dev(run: Run, rerankers: Mapping[str, Reranker]) -> datasets.Data
 
 
 def choose_bm25_share(run: Run) -> float | None:
-    """Return BM25's share beside the encoder, from 0 to 1, that ranks the human dev queries best.
+    """Return BM25's share beside the encoder, from 0 to 1, by which a reranker should learn from both.
 
-    None where there are no dev queries, or the first stage has only one retriever.
+    It is the least one that ranks the human dev queries within a standard error of the best: what a reranker has
+    learned from BM25 cannot be weighed anew afterwards, as a first stage can. None where there are no dev queries, or
+    the first stage has only one retriever.
     """
     path = run.recipe.evaluate.dev_queries
     if path is None or len(run.first_stage.retrievers) < 2:
         return None
     judged, _ = _in_domain(run, path, None)
-    return choose_weight(judged.scores["bm25"], judged.scores["dense"], judged.qrels)[0]
+    return choose_weight(judged.scores["bm25"], judged.scores["dense"], judged.qrels, cautious=True)[0]
 
 
 def choose_first_stage_weight(run: Run, model: Path) -> dict[str, float]:

@@ -115,7 +115,9 @@ def _add_labels(facts: RunFacts, groups: Manifest) -> None:
             f"{choice['chosen']:g}, which ranked the source passages of {choice['documents']} documents highest"
         )
     if (weight := groups.facts.get("bm25_weight_chosen_on_dev")) is not None:
-        shown["bm25_weight"] = f"{weight:g}, which ranked the human dev queries best"
+        shown["bm25_weight"] = (
+            f"{weight:g}, the least that ranked the human dev queries within a standard error of the best"
+        )
         facts.used_human_labels = True
     facts.judge_settings = shown
     facts.label_counts = groups.counts

@@ -300,7 +300,11 @@ def _bm25_weight(run: Run) -> tuple[float, bool]:
         return 0.0, False
     share = min(share, _MOST_BM25)
     chosen = round(share / (1 - share), 2)
-    logger.info("label.bm25_weight=auto: %g beside the encoder's 1, which ranks the dev queries best", chosen)
+    logger.info(
+        "label.bm25_weight=auto: %g beside the encoder's 1, the least that ranks the dev queries within a standard error "
+        "of the best",
+        chosen,
+    )
     return chosen, True
 
 

@@ -100,9 +100,9 @@ class LabelConfig:
     )
     bm25_weight: float | Literal["auto"] = option(
         0.0,
-        "Weight of BM25 in the soft labels beside the encoder, which has weight 1. auto: the weight by which the two "
-        "rank the human dev queries best, 0 where there are none: on some corpora BM25 adds much, on others it takes "
-        "away.",
+        "Weight of BM25 in the soft labels beside the encoder, which has weight 1. auto: the least weight by which "
+        "the two rank the human dev queries within a standard error of the best, 0 where there are none: on some "
+        "corpora BM25 adds much, on others it takes away.",
     )
     false_negatives: Literal["drop", "promote", "keep"] | None = option(
         None,

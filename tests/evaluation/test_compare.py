@@ -310,6 +310,12 @@ def test_a_weight_of_two_runs_is_chosen_by_the_judgments():
     assert weight > 0.5
     assert ndcg[1.0] == 1.0 > ndcg[0.0]
     assert strongest({"good": good, "bad": bad}, qrels, ["bad", "good"]) == "good"
+    # A clear gain is taken with as little of it as does as well, one within the spread of few queries not at all.
+    assert 0 < choose_weight(good, bad, qrels, cautious=True)[0] <= weight
+    mixed = {name: dict(good[name]) if place < 11 else dict(bad[name]) for place, name in enumerate(good)}
+    other = {name: dict(bad[name]) if place < 11 else dict(good[name]) for place, name in enumerate(good)}
+    assert choose_weight(mixed, other, qrels)[0] > 0.5
+    assert choose_weight(mixed, other, qrels, cautious=True)[0] == 0.0
 
 
 def test_the_verdict_names_the_best_of_the_others_and_how_sure_it_is():
