@@ -301,8 +301,8 @@ def _bm25_weight(run: Run) -> tuple[float, bool]:
     share = min(share, _MOST_BM25)
     chosen = round(share / (1 - share), 2)
     logger.info(
-        "label.bm25_weight=auto: %g beside the encoder's 1, the least that ranks the dev queries within a standard error "
-        "of the best",
+        "label.bm25_weight=auto: %g beside the encoder's 1, the least that ranks the dev queries within a standard "
+        "error of the best",
         chosen,
     )
     return chosen, True
