@@ -304,16 +304,21 @@ def compare_on_dev(run: Run, rerankers: Mapping[str, Reranker]) -> datasets.Data
 
 
 def choose_bm25_share(run: Run) -> float | None:
-    """Return BM25's share beside the encoder, from 0 to 1, by which a reranker should learn from both.
+    """Return BM25's share beside the encoder, from 0 to 1, as the human dev queries have it.
 
-    It is the least one that ranks the human dev queries within a standard error of the best: what a reranker has
-    learned from BM25 cannot be weighed anew afterwards, as a first stage can. None where there are no dev queries, or
-    the first stage has only one retriever.
+    None where there are no dev queries, or the first stage has only one retriever.
     """
     path = run.recipe.evaluate.dev_queries
     if path is None or len(run.first_stage.retrievers) < 2:
         return None
-    judged, _ = _in_domain(run, path, None)
+    return _bm25_share(_in_domain(run, path, None)[0])
+
+
+def _bm25_share(judged: _Judged) -> float:
+    """Return the least share of BM25 that ranks queries within a standard error of the best.
+
+    Some tens of dev queries may like BM25 more than others do, and too much of it costs more than too little.
+    """
     return choose_weight(judged.scores["bm25"], judged.scores["dense"], judged.qrels, cautious=True)[0]
 
 
@@ -333,9 +338,7 @@ def choose_first_stage_weight(run: Run, model: Path) -> dict[str, float]:
     if path is None:
         return {"bm25_weight": 0.0, "weight": 0.5}
     judged, _ = _in_domain(run, path, None)
-    bm25_weight = 0.0
-    if len(judged.scores) > 1:
-        bm25_weight, _ = choose_weight(judged.scores["bm25"], judged.scores["dense"], judged.qrels)
+    bm25_weight = _bm25_share(judged) if len(judged.scores) > 1 else 0.0
     weight, ndcg = choose_weight(judged.first_stage(bm25_weight), _rerank(run, model, judged), judged.qrels)
     return {
         "bm25_weight": bm25_weight,
