@@ -46,18 +46,15 @@ def journalled(llm: EndpointLLM, path) -> list:
 def test_the_client_leaves_most_of_the_processor_idle(tmp_path):
     """Its own time for a request bounds what gets through, however many cores others keep busy meanwhile."""
     with serving(refuses=False) as port:
-        llm, spent = connect(port), []
-        for attempt in range(3):  # what else the machine does takes time of this process too
-            began = time.process_time()
-            assert journalled(llm, tmp_path / f"{attempt}.jsonl") == [" what is a star"] * REQUESTS
-            spent.append(time.process_time() - began)
-        assert min(spent) < 0.6 * IDEAL
+        llm = connect(port)
+        began = time.process_time()
+        assert journalled(llm, tmp_path / "journal.jsonl") == [" what is a star"] * REQUESTS
+        assert time.process_time() - began < 0.6 * IDEAL
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("refuses", "least"), [(False, 0.9), (True, 0.8)], ids=["queues", "refuses"])
-def test_a_thousand_requests_come_near_the_ideal_throughput(refuses, least, tmp_path):
-    """Where requests may wait at the server, some always do. Where they may not, the client's own time is lost."""
+@pytest.mark.parametrize("refuses", [False, True], ids=["queues", "refuses"])
+def test_a_thousand_requests_reach_nine_tenths_of_the_ideal_throughput(refuses, tmp_path):
     with serving(refuses) as port:
         llm, body = connect(port), json.dumps({"prompt": PROMPTS[0]}).encode()
         bare, ours, in_stage = [], [], []
@@ -71,9 +68,9 @@ def test_a_thousand_requests_come_near_the_ideal_throughput(refuses, least, tmp_
             in_stage.append(IDEAL / (time.monotonic() - began))
     figures = f"of the ideal: bare client {max(bare):.1%}, ours {max(ours):.1%}, in a stage {max(in_stage):.1%}"
     print(figures)
-    if max(bare) < 0.93:
+    if max(bare) < 0.95:
         pytest.skip(f"this machine is too busy to measure on ({figures})")
-    assert max(ours) >= least and max(in_stage) >= least - 0.02, figures
+    assert max(ours) >= 0.9 and max(in_stage) >= 0.9, figures
 
 
 def test_a_server_that_refuses_more_than_it_has_room_for_is_sent_no_more_than_that():
